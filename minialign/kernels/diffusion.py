@@ -1,0 +1,75 @@
+"""The DDIM family of transitions (Song et al., 2021, arXiv 2010.02502), as one pure step that samples or scores.
+
+Notation: alpha_bar is the cumulative product of 1 - beta_t, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minialign.kernels.gaussian import Reduction, StepOut, at_least_float32, expand_as, gaussian_log_prob
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+def predict(
+    model_output: Float[Tensor, "batch *dims"],
+    state: Float[Tensor, "batch *dims"],
+    alpha_bar: Float[Tensor, "batch"],
+    prediction_type: PredictionType,
+) -> tuple[Float[Tensor, "batch *dims"], Float[Tensor, "batch *dims"]]:
+    """What the network says, as (denoised, noise_pred), whichever of the two, or v, it was trained to predict."""
+    alpha_bar = expand_as(alpha_bar, state)
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return (state - noise * model_output) / signal, model_output
+    if prediction_type == "v_prediction":
+        return signal * state - noise * model_output, signal * model_output + noise * state
+    if prediction_type == "sample":
+        return model_output, (state - signal * model_output) / noise
+    raise ValueError(f"prediction_type is {prediction_type!r}; expected 'epsilon', 'v_prediction' or 'sample'.")
+
+
+def ddim_std(
+    alpha_bar: Float[Tensor, "*batch"], alpha_bar_next: Float[Tensor, "*batch"], eta: float
+) -> Float[Tensor, "*batch"]:
+    """sigma of the transition (DDIM eq. 16). eta = 1: DDPM's posterior; eta = 0, or alpha_bar_next = 1: deterministic."""
+    return eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
+
+
+def ddim_step(
+    model_output: Float[Tensor, "batch *dims"],
+    state: Float[Tensor, "batch *dims"],
+    alpha_bar: Float[Tensor, "batch"],
+    alpha_bar_next: Float[Tensor, "batch"],
+    eta: float,
+    *,
+    prediction_type: PredictionType = "epsilon",
+    reduction: Reduction,
+    next: Float[Tensor, "batch *dims"] | None = None,
+    noise: Float[Tensor, "batch *dims"] | None = None,
+) -> StepOut:
+    """x_t -> x_{t'} (DDIM eq. 12): N(sqrt(a') denoised + sqrt(1 - a' - sigma^2) noise_pred, sigma^2 I), a' = alpha_bar_next.
+
+    Scores `next` when it is given, else moves to mean + sigma * noise. `next` is detached: the gradient flows through the
+    mean alone, as the score-function estimator asks. d mean / d noise_pred = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a),
+    which is negative. Where sigma = 0 (eta = 0) `next` equals the mean and log_prob is nan or inf: there is no density.
+    """
+    state = at_least_float32(state)
+    denoised, noise_pred = predict(at_least_float32(model_output), state, alpha_bar, prediction_type)
+    std = ddim_std(alpha_bar, alpha_bar_next, eta)
+    direction = (1 - alpha_bar_next - std**2).clamp_min(0).sqrt()
+    mean = expand_as(alpha_bar_next.sqrt(), state) * denoised + expand_as(direction, state) * noise_pred
+    if next is None:
+        next = mean if noise is None else mean + expand_as(std, mean) * noise
+    next = next.detach().to(mean.dtype)
+    return StepOut(next, mean, std, gaussian_log_prob(next, mean, std, reduction))
+
+
+def ddim_alpha_bars(alphas_cumprod: Float[Tensor, "train_steps"], timesteps: Tensor, stride: int, final_alpha_bar: float):
+    """(alpha_bar, alpha_bar_next), each (steps,): the step from t leads to t - stride, and past 0 to `final_alpha_bar`."""
+    following = timesteps - stride
+    final = torch.full_like(alphas_cumprod[timesteps], final_alpha_bar)
+    return alphas_cumprod[timesteps], torch.where(following >= 0, alphas_cumprod[following.clamp_min(0)], final)

@@ -1,0 +1,62 @@
+"""Gaussian transitions: the density that turns a sampler into a policy.
+
+Every stochastic step in this package (diffusion, consistency, flow) is an isotropic Gaussian N(mean, std^2 I) whose std
+has no parameters. `reduction` says how the D elements of a sample are put together: "sum" is the log-density itself,
+"mean" is that divided by D, which keeps importance ratios finite at D = 16,384 and rescales beta and clip ranges by D.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+Reduction = Literal["sum", "mean"]
+
+
+class StepOut(NamedTuple):
+    """One stochastic step: `next` was sampled, or given and scored. `log_prob` is in nats (per element under "mean")."""
+
+    next: Float[Tensor, "batch *dims"]
+    mean: Float[Tensor, "batch *dims"]
+    std: Float[Tensor, "batch"]
+    log_prob: Float[Tensor, "batch"]
+
+
+def expand_as(scalar: Float[Tensor, "batch"], x: Float[Tensor, "batch *dims"]) -> Float[Tensor, "batch *ones"]:
+    """One number a sample, with trailing axes of one so that it broadcasts against x."""
+    return scalar.reshape(scalar.shape + (1,) * (x.ndim - 1))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 become float32: a log-ratio of two near-equal densities has no digits left in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gaussian_log_prob(
+    x: Float[Tensor, "batch *dims"],
+    mean: Float[Tensor, "batch *dims"],
+    std: Float[Tensor, "batch"],
+    reduction: Reduction,
+) -> Float[Tensor, "batch"]:
+    """log N(x; mean, std^2 I), in float32 at least. At x = mean: -log std - 0.5 log 2 pi an element.
+
+    std = 0 gives inf or nan, never an error (that would cost a host synchronisation): `DiffusionPolicy` refuses it before.
+    """
+    x, mean, std = at_least_float32(x), at_least_float32(mean), at_least_float32(std)
+    std = expand_as(std, x)
+    elements = -0.5 * ((x - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return reduce(elements, "batch ... -> batch", reduction)
+
+
+def gaussian_kl(
+    mean: Float[Tensor, "batch *dims"],
+    mean_ref: Float[Tensor, "batch *dims"],
+    std: Float[Tensor, "batch"],
+    reduction: Reduction,
+) -> Float[Tensor, "batch"]:
+    """KL(N(mean, std^2 I) || N(mean_ref, std^2 I)) = |mean - mean_ref|^2 / (2 std^2): symmetric, since both share std."""
+    mean, mean_ref, std = at_least_float32(mean), at_least_float32(mean_ref), at_least_float32(std)
+    return reduce(0.5 * ((mean - mean_ref) / expand_as(std, mean)) ** 2, "batch ... -> batch", reduction)

@@ -1,0 +1,38 @@
+"""What every world offers, and how a missing weight is reported."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass
+class World:
+    """A small place with a known truth: a base policy, prompts for it, rewards, and the oracle that is not fooled.
+
+    `rewards` maps a name to `reward(samples, prompts) -> (batch,)`; `default_reward` is the one that `minialign run`
+    trains on. `oracle` says what is right: 0 or 1 a sample. `real(n, generator)` draws (samples, prompts) from the data.
+    `show(samples, prompts)` draws them. `extras` holds what only this world has (held-out prompts, its exact mixture).
+    """
+
+    name: str
+    policy: Any
+    prompts: list[str]
+    rewards: dict[str, Callable[[Tensor, list[str]], Tensor]]
+    default_reward: str
+    oracle: Callable[[Tensor, list[str]], Tensor]
+    real: Callable[..., tuple[Tensor, list[str]]]
+    show: Callable[..., Any]
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+def missing_weights(name: str, problem: str) -> FileNotFoundError:
+    """The one error for weights that are absent or damaged: it says what was found and which command remakes them."""
+    return FileNotFoundError(
+        f"the shipped weights of world {name!r} cannot be used: {problem}. Restore them with `git checkout -- "
+        f"minialign/worlds/weights/{name}`, or remake them with `minialign pretrain {name}`."
+    )
