@@ -28,7 +28,7 @@ class Step:
     seconds: float
     checkpoint: Callable[[], dict[str, Tensor]] = field(repr=False)
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, float | int]:
         """Everything as plain numbers: a line of metrics.csv."""
         costs = {"network_evaluations": self.network_evaluations, "reward_queries": self.reward_queries}
         return {"step": self.number, **{k: float(v) for k, v in self.metrics.items()}, **costs, "seconds": self.seconds}

@@ -160,6 +160,16 @@ class DiffusionPolicy:
             float(getattr(self.scheduler, "final_alpha_cumprod", 1.0)),
         )
 
+    def to(self, device: torch.device | str) -> "DiffusionPolicy":
+        """Moves the network (and the pipeline's other modules) in place; trajectories and noise follow it."""
+        self.network.to(device)
+        if self.pipeline is not None:
+            self.pipeline.to(device)
+        if self._frozen_copy is not None:
+            self._frozen_copy.to(device)
+        self.set_num_steps(self.num_steps)
+        return self
+
     @property
     def std(self) -> Tensor:
         """sigma of each step (S,)."""
