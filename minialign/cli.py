@@ -47,7 +47,8 @@ class UserError(Exception):
 
 def nearest(kind: str, name: str, known) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r};{f' did you mean {near[0]!r}?' if near else ''} There are: {', '.join(sorted(known))}."
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r};{hint} There are: {', '.join(sorted(known))}."
 
 
 # -------------------------------------------------------------------------------- settings
@@ -63,7 +64,9 @@ def parse_value(field: str, text: str, default, annotation):
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         return kind(text)
     except (ValueError, KeyError):
-        raise UserError(f"--set {field}={text}: expected {'true or false' if kind is bool else kind.__name__}.") from None
+        raise UserError(
+            f"--set {field}={text}: expected {'true or false' if kind is bool else kind.__name__}."
+        ) from None
 
 
 def settings(method: str, world: str, assignments: list[str], steps: int | None) -> tuple[dict, object]:
@@ -88,7 +91,7 @@ def settings(method: str, world: str, assignments: list[str], steps: int | None)
 
 
 def load_world(name: str, world_settings: dict):
-    """The world with its policy ready to train: a LoRA adapter, or the zero-initialised residual of the exact worlds."""
+    """The world with its policy ready to train: a LoRA adapter, or the residual of an exact world."""
     from minialign import worlds
     from minialign.policies.diffusion import EVERYWHERE
 
@@ -293,11 +296,19 @@ def curves_figure(rows: list[dict], baseline: float):
 def print_table(summary: dict, folder: Path) -> None:
     print(f"\n{summary['method']} on {summary['world']}, seed {summary['seed']}, reward {summary['reward']!r}")
     print(f"{'':24}{'before':>10}{'after':>10}{'change':>10}")
-    for name, label in (("reward", "reward"), ("oracle", "oracle accuracy"), ("diversity", "diversity"), ("kl", "KL to base (nats)")):
+    for name, label in (
+        ("reward", "reward"),
+        ("oracle", "oracle accuracy"),
+        ("diversity", "diversity"),
+        ("kl", "KL to base (nats)"),
+    ):
         old, new = summary["before"][name], summary["after"][name]
         print(f"{label:24}{old:10.3f}{new:10.3f}{new - old:+10.3f}")
     gain = summary["oracle_gain"]
-    print(f"oracle gain {gain['mean']:+.3f} +- {gain['standard_error']:.3f} (standard error, {gain['samples']} samples, same noise)")
+    print(
+        f"oracle gain {gain['mean']:+.3f} +- {gain['standard_error']:.3f} "
+        f"(standard error, {gain['samples']} samples, same noise)"
+    )
     costs = f"{summary['network_evaluations']:,} network evaluations, {summary['reward_queries']:,} reward queries"
     print(f"{costs}, {summary['seconds']:.0f} s{', interrupted' if summary['interrupted'] else ''}")
     print(f"saved in {folder}: before_after.png, curves.png, summary.json, metrics.csv, the adapter")
@@ -335,7 +346,9 @@ def claims() -> dict[str, Path]:
     folder = REPOSITORY / "tests" / "claims"
     found = {path.stem.removeprefix("claim_"): path for path in folder.glob("claim_*.py")}
     if not found:
-        raise UserError("replications live in the repository's tests/claims: run this from an editable install of a clone.")
+        raise UserError(
+            "replications live in the repository's tests/claims: run this from an editable install of a clone."
+        )
     return found
 
 
@@ -364,8 +377,9 @@ def write_table(found: dict[str, Path]) -> None:
         if stored.exists():
             verdict = json.loads(stored.read_text())
             for bar in verdict["bars"]:
+                measured = bar.get("text", format(bar["value"], ".4g"))
                 mark = "replicates" if bar["passed"] else "does not replicate"
-                lines.append(f"| {verdict['name']} | {bar['id']} | {bar.get('text', format(bar['value'], '.4g'))} | {bar['threshold']} | {mark} |")
+                lines.append(f"| {verdict['name']} | {bar['id']} | {measured} | {bar['threshold']} | {mark} |")
     readme = REPOSITORY / "README.md"
     head, rest = readme.read_text().split("<!-- results -->\n", 1)
     _, tail = rest.split("<!-- /results -->", 1)
@@ -374,7 +388,7 @@ def write_table(found: dict[str, Path]) -> None:
 
 
 def floor_seconds(policy, rows: int, steps_per_pass: int, prompts: list[str]) -> float:
-    """The network passes that a DDPO round cannot do without: S forward passes, and forward and backward of S x rows states."""
+    """What a DDPO round cannot do without: S forward passes, and forward and backward passes of S x rows states."""
     import torch
 
     condition = policy.encode(prompts)
@@ -423,12 +437,12 @@ def bench_row(world_name: str, rounds: int, device: str) -> dict:
     measured, floors = [], []
     for step in ddpo.train(world.policy, free_reward, world.prompts, config, torch.Generator().manual_seed(0)):
         if step.number:  # the first round warms up
-            measured.append(step.seconds - (floors[-1] if floors else 0))
+            measured.append(step.seconds)
         floors.append(floor_seconds(world.policy, rows, config.steps_per_pass, prompts))
     step_seconds, floor = statistics.median(measured), statistics.median(floors)
     return dict(
-        method="ddpo", world=world_name, device=device, step_seconds=round(step_seconds, 4), floor_seconds=round(floor, 4),
-        ratio=round(step_seconds / floor, 3),
+        method="ddpo", world=world_name, device=device, step_seconds=round(step_seconds, 4),
+        floor_seconds=round(floor, 4), ratio=round(step_seconds / floor, 3),
     )  # fmt: skip
 
 
@@ -438,7 +452,11 @@ def command_bench(args) -> int:
         if name not in WORLDS:
             raise UserError(nearest("world", name, WORLDS))
         rows.append(bench_row(name, args.rounds, args.device))
-        print("{method} on {world} ({device}): step {step_seconds} s, floor {floor_seconds} s, ratio {ratio}".format(**rows[-1]))
+        print(
+            "{method} on {world} ({device}): step {step_seconds} s, floor {floor_seconds} s, ratio {ratio}".format(
+                **rows[-1]
+            )
+        )
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=2))
     return 0
@@ -449,13 +467,17 @@ def command_course(args) -> int:
 
     solutions, notebooks = REPOSITORY / "solutions", REPOSITORY / "notebooks"
     if not solutions.exists():
-        raise UserError("the chapters live in the repository's solutions/: run this from an editable install of a clone.")
+        raise UserError(
+            "the chapters live in the repository's solutions/: run this from an editable install of a clone."
+        )
     build.build_all(solutions, notebooks, execute=not args.no_execute, only=args.only)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="minialign", description="Reward alignment of generative models, one paper a file.")
+    top = argparse.ArgumentParser(
+        prog="minialign", description="Reward alignment of generative models, one paper a file."
+    )
     commands = top.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="train a world's base model with a method")
@@ -465,7 +487,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, help="iterations of the method")
     run.add_argument("--reward", help="one of the world's rewards, or package.module:function")
     run.add_argument("--out", help="folder for the results (default: a new one under runs/)")
-    run.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of the method's Config, or of the sampler")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of the method's Config, or of the sampler",
+    )
     run.add_argument("--resume", metavar="DIR", help="go on with an interrupted run")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     run.set_defaults(function=command_run)

@@ -3,7 +3,7 @@
 Discrete laws over outcomes live in log-probabilities on the last axis; everything keeps the dtype it is given, so give
 float64 where digits matter. Four families:
 
-    exponential_tilt, gold_kl_frontier    the optimum of E[r] - beta KL(pi || pi_ref), and how gold reward fares along it
+    exponential_tilt, gold_kl_frontier    the optimum of E[r] - beta KL(pi || pi_ref), and gold reward along it
     i_projection                          the law nearest to the reference that meets moment constraints
     best_of_n                             the law of the best of n draws, and its KL, exactly
     tilt_gaussian_mixture                 the same optimum in continuous space, for quadratic rewards
@@ -59,7 +59,7 @@ def gold_kl_frontier(
     gold: Float[Tensor, "n"],
     betas: Float[Tensor, "betas"],
 ) -> Frontier:
-    """What an optimiser that only sees `proxy` does to `gold`: the exact tilts by proxy / beta (Gao et al., 2210.10760).
+    """What optimising `proxy` alone does to `gold`: the exact tilts by proxy / beta (Gao et al., 2210.10760).
 
     Limits: with gold == proxy the two means are equal and fall as beta rises; beta -> infinity gives the reference's.
     """
@@ -119,8 +119,8 @@ def i_projection(
             step /= 2
         dual, value, log_prob = candidate, new_value, new_log_prob
     raise ValueError(
-        f"no law on the reference's support has feature means {_short(targets)}: they lie outside the convex hull of the "
-        f"features (each by itself reaches from {_short(feats.amin(0))} to {_short(feats.amax(0))})."
+        f"no law on the reference's support has feature means {_short(targets)}: they lie outside the convex hull of "
+        f"the features (each by itself reaches from {_short(feats.amin(0))} to {_short(feats.amax(0))})."
     )
 
 
@@ -208,8 +208,8 @@ def tilt_gaussian_mixture(
     if (curvature <= 0).any():
         first = int((curvature <= 0).any(-1).nonzero()[0])
         raise ValueError(
-            f"E[exp(reward / beta)] is infinite under component {first}: the reward curves up faster than that Gaussian "
-            f"falls off. Use a larger beta (it is {beta}) or a concave reward."
+            f"E[exp(reward / beta)] is infinite under component {first}: the reward curves up faster than that "
+            f"Gaussian falls off. Use a larger beta (it is {beta}) or a concave reward."
         )
     matrix = torch.eye(dim).to(means) - covariances @ a
     new_means = torch.linalg.solve(matrix, (means + covariances @ b).unsqueeze(-1)).squeeze(-1)
@@ -239,7 +239,7 @@ def leading_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> Int[Te
 class LinearGaussianSampler:
     """DDIM with `eta` on 1-D data N(mean, std^2) with the exact noise prediction, plus one scalar theta_i per step.
 
-    Everything is closed-form (sheet ddpo, checks 1 to 3; sheet b2diffurl, check 1), in float64, time from noise to data.
+    All closed-form (sheet ddpo, checks 1 to 3; sheet b2diffurl, check 1), in float64, time from noise to data.
     The policy is noise_pred = exact + theta_i, so step i is affine, x' = A_i x + B_i + k_i theta_i + std_i z with
     x_T ~ N(0, 1), and pushes x_0 by k_i P_i theta_i, where P_i is the product of A over the later steps.
 
@@ -339,6 +339,6 @@ class LinearGaussianSampler:
         if len(silent):
             step = int(silent[0])
             raise ValueError(
-                f"step {step} (timestep {int(self.timesteps[step])}) is deterministic (std = 0), so paths have no density "
-                f"and no KL: use eta > 0 (it is {self.eta})."
+                f"step {step} (timestep {int(self.timesteps[step])}) is deterministic (std = 0), so paths have no "
+                f"density and no KL: use eta > 0 (it is {self.eta})."
             )

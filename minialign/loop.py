@@ -48,7 +48,7 @@ class History(list):
 
 
 def fit(steps: Iterable[Step], total: int | None = None, progress: bool = True) -> History:
-    """Runs a method to its end (or for `total` more iterations), with a progress bar showing the reward and the time left."""
+    """Runs a method to its end (or for `total` more iterations), with a bar showing the reward and the time left."""
     history = History()
     for step in watch(steps, total, progress):
         history.append(step.row())
@@ -70,16 +70,9 @@ def watch(steps: Iterable[Step], total: int | None = None, progress: bool = True
 
 
 def timer() -> Callable[[], float]:
-    """Seconds since it was last called."""
-    last = time.perf_counter()
-
-    def lap() -> float:
-        nonlocal last
-        now = time.perf_counter()
-        last, elapsed = now, now - last
-        return elapsed
-
-    return lap
+    """A stopwatch, started now: call it for the seconds since."""
+    started = time.perf_counter()
+    return lambda: time.perf_counter() - started
 
 
 # -------------------------------------------------------------------------------- checkpoints: named tensors, no pickle
@@ -101,8 +94,9 @@ def unpack(tensors: dict[str, Tensor], parameters: list[nn.Parameter], optimizer
         saved = tensors.get(f"parameter.{i}")
         if saved is None or saved.shape != p.shape:
             raise ValueError(
-                f"the checkpoint does not fit this policy: trainable tensor {i} is {tuple(p.shape)}, the checkpoint has "
-                f"{None if saved is None else tuple(saved.shape)}. Was it made with another LoRA rank or another world?"
+                f"the checkpoint does not fit this policy: trainable tensor {i} is {tuple(p.shape)}, "
+                f"the checkpoint has {None if saved is None else tuple(saved.shape)}. "
+                "Was it made with another LoRA rank or another world?"
             )
         p.data.copy_(saved)
         prefix = f"optimizer.{i}."
@@ -129,7 +123,7 @@ def load_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 # -------------------------------------------------------------------------------- several processes (accelerate launch)
-# Every process draws the same prompts, noise and minibatches from the same seed, and works on its own rows of them; sums
+# Every process draws the same prompts, noise and minibatches from the same seed, and works on its own rows. Sums
 # over processes then give what one process gives with the same global batch.
 
 

@@ -156,11 +156,11 @@ def path_kl(policy, trajectory, steps_per_pass: int = 4) -> Float[Tensor, "batch
     total = torch.zeros(num_rows, dtype=torch.float64, device=trajectory.states.device)
     for chunk in torch.arange(num_steps, device=trajectory.states.device).split(steps_per_pass):
         rows, columns = torch.cartesian_prod(torch.arange(num_rows, device=chunk.device), chunk).view(-1, 2).unbind(-1)
-        state, following = trajectory.states[rows, columns], trajectory.states[rows, columns + 1]
+        states = trajectory.states[rows, columns]
         steps = trajectory.steps.to(chunk.device)[columns]
         condition = trajectory.condition[rows]
-        ours = policy.step(state, steps, condition, next=following, reduction="sum")
-        base = policy.step(state, steps, condition, next=following, reduction="sum", reference=True)
+        ours = policy.step(states, steps, condition, reduction="sum")
+        base = policy.step(states, steps, condition, reduction="sum", reference=True)
         kl = gaussian_kl(ours.mean.double(), base.mean.double(), ours.std.double(), reduction="sum")
         total.index_add_(0, rows, kl)
     return total

@@ -110,9 +110,6 @@ def figure(width: float, height: float, label: str):
     return fig
 
 
-_figure = figure  # worlds.gaussian still says _figure
-
-
 def _canvas(ax, width: float, height: float, label: str, inches: float):
     """A blank axes in units of cells, y downwards, width x height of them; a cell is `inches` wide in a new figure."""
     if ax is None:
@@ -142,6 +139,17 @@ def _to_array(images: Tensor | np.ndarray) -> np.ndarray:
     images = images.expand(-1, 3, -1, -1).movedim(1, -1)
     broken = images.isnan().any(-1, keepdim=True)
     return torch.where(broken, torch.tensor([1.0, 0.0, 1.0]), images.clamp(0, 1)).numpy()
+
+
+def _same_length(expected: int, of: str, **values) -> None:
+    for name, value in values.items():
+        if value is not None and len(value) != expected:
+            raise ValueError(f"there are {expected} {of} but {len(value)} {name}.")
+
+
+def _text_width(text: str | None, size: float, inches: float) -> float:
+    """About how many cells a bold line takes: an average bold letter of DejaVu Sans is 0.68 of its size wide."""
+    return len(text or "") * 0.68 * size / 72 / inches
 
 
 def _wrap(text: str, inches: float, size: float) -> list[str]:
@@ -191,9 +199,7 @@ def image_grid(
     Without `columns`, as many as make the grid about twice as wide as high. A cell is 1.1 inches wide, times `scale`.
     """
     pixels = _to_array(images)
-    for name, values in (("captions", captions), ("good", good)):
-        if values is not None and len(values) != len(pixels):
-            raise ValueError(f"there are {len(pixels)} images but {len(values)} {name}.")
+    _same_length(len(pixels), "images", captions=captions, good=good)
     if len(pixels) == 0:
         raise ValueError("there are no images to show.")
     columns = columns or min(len(pixels), max(4, math.ceil(math.sqrt(2 * len(pixels)))))
@@ -203,7 +209,8 @@ def image_grid(
     below = 0.06 + SMALL_SIZE * 1.22 / 72 / inches * max(map(len, wrapped)) if wrapped else 0.0
     above = 0.2 + TITLE_SIZE * 1.3 / 72 / inches if title else 0.2
     rows = math.ceil(len(pixels) / columns)
-    width, height = 0.4 + columns + GAP * (columns - 1), above + rows * (1 + below) + GAP * (rows - 1) + 0.2
+    width = 0.4 + max(columns + GAP * (columns - 1), _text_width(title, TITLE_SIZE, inches))
+    height = above + rows * (1 + below) + GAP * (rows - 1) + 0.2
     with style():
         ax = _canvas(ax, width, height, title or f"{len(pixels)} images", inches)
         if title:
@@ -238,43 +245,40 @@ def before_after(
     """
     old, new = _to_array(before), _to_array(after)
     scores = [torch.as_tensor(s).detach().float().cpu() for s in (scores_before, scores_after)]
-    for name, values in (
-        ("after", new),
-        ("prompts", prompts),
-        ("scores_before", scores[0]),
-        ("scores_after", scores[1]),
-    ):
-        if len(values) != len(old):
-            raise ValueError(f"there are {len(old)} samples in before but {len(values)} in {name}.")
+    _same_length(
+        len(old), "samples in before", after=new, prompts=prompts, scores_before=scores[0], scores_after=scores[1]
+    )
     groups = _rows_by_prompt(prompts)
     shown = dict(list(groups.items())[:rows])
     columns = min(columns, max(len(members) for members in shown.values()))
     binary = all(bool(((s == 0) | (s == 1)).all()) for s in scores)
-    inches, text, below = 1.0, 2.75, (0.0 if binary else 0.24)
-    block = columns + GAP * (columns - 1)
-    starts = (text, text + block + 0.55)
-    above, pitch = (1.05 if title else 0.62), 1 + below + 0.2
-    width, height = starts[1] + block + 0.25, above + pitch * len(shown) + 0.2
     headings = [_heading(label, s, score_name, binary) for label, s in zip(labels, scores, strict=True)]
+    inches, text, above = 1.0, 2.75, (1.05 if title else 0.62)
+    block = max(columns + GAP * (columns - 1), *(_text_width(heading, TITLE_SIZE, inches) for heading in headings))
+    starts, pitch = (text, text + block + 0.55), (1.2 if binary else 1.44)
+    width = max(starts[1] + block + 0.25, 0.4 + _text_width(title, TITLE_SIZE + 2, inches))
+    height = above + pitch * len(shown) + 0.2
     sides = f"{headings[0]} on the left, {headings[1]} on the right."
     description = f"{title + '. ' if title else ''}Samples for {len(shown)} prompts. {sides}"
     with style():
         ax = _canvas(None, width, height, description, inches)
-        if title:
-            ax.text(0.2, 0.14, title, fontsize=TITLE_SIZE + 2, va="top", weight="bold")
-        for start, heading, color in zip(starts, headings, (QUIET, INK), strict=True):
-            ax.text(start, above - 0.16, heading, fontsize=TITLE_SIZE, va="bottom", weight="bold", color=color)
+        ax.text(0.2, 0.14, title or "", fontsize=TITLE_SIZE + 2, va="top", weight="bold")
         ax.plot([starts[1] - 0.27] * 2, [above, height - 0.4], color=FAINT, linewidth=1.5)
         for row, (prompt, members) in enumerate(shown.items()):
-            y = above + row * pitch
-            _row_label(ax, y, text, inches, prompt, _tally(scores, members, score_name, binary))
-            for start, pixels, score in zip(starts, (old, new), scores, strict=True):
+            tally = _tally(scores, members, score_name, binary)
+            _row_label(ax, above + row * pitch, text, inches, prompt, tally)
+        for start, heading, color, pixels, score in zip(
+            starts, headings, (QUIET, INK), (old, new), scores, strict=True
+        ):
+            ax.text(start, above - 0.16, heading, fontsize=TITLE_SIZE, va="bottom", weight="bold", color=color)
+            for row, members in enumerate(shown.values()):
                 for column, index in enumerate(members[:columns]):
-                    x = start + column * (1 + GAP)
+                    x, y = start + column * (1 + GAP), above + row * pitch
                     _draw_image(ax, pixels[index], x, y, bool(score[index]) if binary else None)
                     if not binary:
-                        number = f"{score[index]:.2f}"
-                        ax.text(x + 0.5, y + 1.04, number, fontsize=SMALL_SIZE, ha="center", va="top", color=QUIET)
+                        _lines(
+                            ax, x + 0.5, y + 1.04, [f"{score[index]:.2f}"], SMALL_SIZE, inches, ha="center", color=QUIET
+                        )
     if path is not None:
         save(ax.figure, path, description)
     return ax.figure
@@ -333,45 +337,32 @@ def film_strip(
     if frames.ndim not in (4, 5) or len(frames) == 0:
         raise ValueError(f"expected (steps, n, C, h, w), (steps, C, h, w) or (steps, n, 2); got {tuple(frames.shape)}.")
     num_rows = frames.shape[1]
-    for name, values, wanted in (
-        ("timesteps", timesteps, len(frames)),
-        ("captions", captions, num_rows),
-        ("good", good, num_rows),
-    ):
-        if values is not None and len(values) != wanted:
-            raise ValueError(
-                f"there are {len(values)} {name} for {wanted} {'frames' if name == 'timesteps' else 'rows'}."
-            )
+    _same_length(len(frames), "frames", timesteps=timesteps)
+    _same_length(num_rows, "rows", captions=captions, good=good)
     chosen = sorted(set(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int).tolist()))
     inches, left = 1.05, (2.4 if captions is not None else 0.2)
     above = (0.5 if title else 0.15) + (0.2 if timesteps is not None else 0.0)
-    width, height = left + len(chosen) * (1 + GAP) + 0.15, above + num_rows * (1 + GAP) + 0.42
+    width = max(left + len(chosen) * (1 + GAP) + 0.15, 0.4 + _text_width(title, TITLE_SIZE, inches))
+    height = above + num_rows * (1 + GAP) + 0.42
     if points and limits is None:
         limits = 1.15 * frames[-1].abs().max().item()
     with style():
         ax = _canvas(ax, width, height, title or f"{num_rows} denoising runs, from noise to data", inches)
         if title:
             ax.text(0.2, 0.12, title, fontsize=TITLE_SIZE, va="top", weight="bold")
-        for row in range(num_rows):
-            y = above + row * (1 + GAP)
-            if captions is not None:
-                _row_label(ax, y, left, inches, str(captions[row]))
-            for column, frame in enumerate(chosen):
-                x = left + column * (1 + GAP)
-                if row == 0 and timesteps is not None:
-                    ax.text(
-                        x + 0.5,
-                        above - 0.06,
-                        f"t = {int(timesteps[frame])}",
-                        fontsize=SMALL_SIZE,
-                        ha="center",
-                        color=QUIET,
-                    )
+        for column, frame in enumerate(chosen):
+            x = left + column * (1 + GAP)
+            if timesteps is not None:
+                _lines(ax, x + 0.5, above - 0.25, [f"t = {int(timesteps[frame])}"], SMALL_SIZE, inches, ha="center")
+            for row in range(num_rows):
+                y, last = above + row * (1 + GAP), column == len(chosen) - 1
                 if points:
                     _draw_points(ax, frames[frame, row].numpy(), x, y, limits)
                 else:
-                    verdict = bool(good[row]) if good is not None and column == len(chosen) - 1 else None
+                    verdict = bool(good[row]) if good is not None and last else None
                     _draw_image(ax, _to_array(frames[frame, row][None])[0], x, y, verdict)
+        for row, caption in enumerate(captions or ()):
+            _row_label(ax, above + row * (1 + GAP), left, inches, str(caption))
         _arrow(ax, left, left + len(chosen) * (1 + GAP) - GAP, height - 0.24)
     return ax.figure
 

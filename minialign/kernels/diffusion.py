@@ -35,7 +35,7 @@ def predict(
 def ddim_std(
     alpha_bar: Float[Tensor, "*batch"], alpha_bar_next: Float[Tensor, "*batch"], eta: float
 ) -> Float[Tensor, "*batch"]:
-    """sigma of the transition (DDIM eq. 16). eta = 1: DDPM's posterior; eta = 0, or alpha_bar_next = 1: deterministic."""
+    """sigma of the transition (DDIM eq. 16). eta = 1: DDPM's posterior. eta = 0 or alpha_bar_next = 1: no noise."""
     return eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
 
 
@@ -51,11 +51,12 @@ def ddim_step(
     next: Float[Tensor, "batch *dims"] | None = None,
     noise: Float[Tensor, "batch *dims"] | None = None,
 ) -> StepOut:
-    """x_t -> x_{t'} (DDIM eq. 12): N(sqrt(a') denoised + sqrt(1 - a' - sigma^2) noise_pred, sigma^2 I), a' = alpha_bar_next.
+    """x_t -> x_{t'} (DDIM eq. 12): N(sqrt(a') denoised + sqrt(1 - a' - sigma^2) noise_pred, sigma^2 I).
 
-    Scores `next` when it is given, else moves to mean + sigma * noise. `next` is detached: the gradient flows through the
-    mean alone, as the score-function estimator asks. d mean / d noise_pred = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a),
-    which is negative. Where sigma = 0 (eta = 0) `next` equals the mean and log_prob is nan or inf: there is no density.
+    a = alpha_bar, a' = alpha_bar_next. Scores `next` when it is given, else moves to mean + sigma * noise. `next` is
+    detached: the gradient flows through the mean alone, as the score-function estimator asks. The gain
+    d mean / d noise_pred = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a) is negative. Where sigma = 0 (eta = 0) `next`
+    equals the mean and log_prob is nan or inf: there is no density.
     """
     state = at_least_float32(state)
     denoised, noise_pred = predict(at_least_float32(model_output), state, alpha_bar, prediction_type)
@@ -68,8 +69,10 @@ def ddim_step(
     return StepOut(next, mean, std, gaussian_log_prob(next, mean, std, reduction))
 
 
-def ddim_alpha_bars(alphas_cumprod: Float[Tensor, "train_steps"], timesteps: Tensor, stride: int, final_alpha_bar: float):
-    """(alpha_bar, alpha_bar_next), each (steps,): the step from t leads to t - stride, and past 0 to `final_alpha_bar`."""
+def ddim_alpha_bars(
+    alphas_cumprod: Float[Tensor, "train_steps"], timesteps: Tensor, stride: int, final_alpha_bar: float
+):
+    """(alpha_bar, alpha_bar_next), each (steps,): the step from t leads to t - stride, past 0 to `final_alpha_bar`."""
     following = timesteps - stride
     final = torch.full_like(alphas_cumprod[timesteps], final_alpha_bar)
     return alphas_cumprod[timesteps], torch.where(following >= 0, alphas_cumprod[following.clamp_min(0)], final)

@@ -17,7 +17,7 @@ Reduction = Literal["sum", "mean"]
 
 
 class StepOut(NamedTuple):
-    """One stochastic step: `next` was sampled, or given and scored. `log_prob` is in nats (per element under "mean")."""
+    """One stochastic step: `next` was sampled, or given and scored. `log_prob` in nats (per element under "mean")."""
 
     next: Float[Tensor, "batch *dims"]
     mean: Float[Tensor, "batch *dims"]
@@ -31,7 +31,7 @@ def expand_as(scalar: Float[Tensor, "batch"], x: Float[Tensor, "batch *dims"]) -
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """bfloat16 and float16 become float32: a log-ratio of two near-equal densities has no digits left in half precision."""
+    """Half precisions become float32: a log-ratio of two near-equal densities would have no digits left in them."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -43,7 +43,7 @@ def gaussian_log_prob(
 ) -> Float[Tensor, "batch"]:
     """log N(x; mean, std^2 I), in float32 at least. At x = mean: -log std - 0.5 log 2 pi an element.
 
-    std = 0 gives inf or nan, never an error (that would cost a host synchronisation): `DiffusionPolicy` refuses it before.
+    std = 0 gives inf or nan, not an error (it would cost a host synchronisation): `DiffusionPolicy` refuses it before.
     """
     x, mean, std = at_least_float32(x), at_least_float32(mean), at_least_float32(std)
     std = expand_as(std, x)
@@ -57,6 +57,6 @@ def gaussian_kl(
     std: Float[Tensor, "batch"],
     reduction: Reduction,
 ) -> Float[Tensor, "batch"]:
-    """KL(N(mean, std^2 I) || N(mean_ref, std^2 I)) = |mean - mean_ref|^2 / (2 std^2): symmetric, since both share std."""
+    """KL(N(mean, std^2 I) || N(mean_ref, std^2 I)) = |mean - mean_ref|^2 / (2 std^2). Symmetric: both share std."""
     mean, mean_ref, std = at_least_float32(mean), at_least_float32(mean_ref), at_least_float32(std)
     return reduce(0.5 * ((mean - mean_ref) / expand_as(std, mean)) ** 2, "batch ... -> batch", reduction)

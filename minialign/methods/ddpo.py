@@ -12,9 +12,9 @@ know. Treat a denoising run as an episode, pay the reward at its end, and do pol
 
 As in the authors' code, not the paper: log-probabilities are means over the latent's D elements (`reduction`), the loss
 a mean over steps; one AdamW step sees all denoising steps of its trajectories.
-As in neither: the minibatch's steps are not shuffled (their gradients are summed before the one optimizer step, so their
-order cannot matter); a deterministic step (std = 0) raises instead of giving nan; the exact KL is the default. DPOK's
-value network is left out: prompts have a baseline already.
+As in neither: the steps are not shuffled (their gradients are summed before the one optimizer step, so their order
+cannot matter); a deterministic step (std = 0) raises instead of giving nan; the exact KL is the default. DPOK's value
+network is left out: prompts have a baseline already.
 """
 
 from collections import deque
@@ -54,8 +54,8 @@ class Config:
 class PromptStatistics:
     """Per-prompt reward statistics over a running buffer (section 4.4; the authors' PerPromptStatTracker).
 
-    First the new rewards enter their prompts' buffers; then each reward is centred and scaled by its prompt's buffer, or,
-    while that holds fewer than `min_count`, by the current batch. Population std, + 1e-6.
+    First the new rewards enter their prompts' buffers; then each reward is centred and scaled by its prompt's buffer,
+    or, while that holds fewer than `min_count`, by the current batch. Population std, + 1e-6.
     """
 
     def __init__(self, prompts: list[str], buffer_size: int, min_count: int):
@@ -71,7 +71,9 @@ class PromptStatistics:
         for prompt in set(prompts):
             held = self.buffers[prompt]
             values = torch.tensor(held, dtype=torch.float64) if len(held) >= self.min_count else batch.cpu()
-            constant = bool((values == values[0]).all())  # rounding would leave 1e-17 / 1e-6, and the next line a mean off by it
+            constant = bool(
+                (values == values[0]).all()
+            )  # rounding would leave 1e-17 / 1e-6, and the next line a mean off by it
             moments[prompt] = (float(values[0]) if constant else float(values.mean()), float(values.std(correction=0)))
         mean, std = batch.new_tensor([moments[prompt] for prompt in prompts]).unbind(-1)
         advantages = (batch - mean) / (std + 1e-6) if scale else batch - mean
@@ -103,7 +105,9 @@ def round_advantages(rewards: Tensor, prompts: list[str], statistics: PromptStat
     return advantages.clamp(-config.advantage_clip, config.advantage_clip) if config.scale_advantages else advantages
 
 
-def step_kl(policy, output: Tensor, states: Tensor, step: Tensor, condition, mean: Tensor, std: Tensor, config: Config) -> Tensor:
+def step_kl(
+    policy, output: Tensor, states: Tensor, step: Tensor, condition, mean: Tensor, std: Tensor, config: Config
+) -> Tensor:
     """DPOK's regulariser at stored states, (n,): the gradient goes through theta directly, not through the states."""
     with torch.no_grad():
         output_ref = policy.model_output(states, step, condition, reference=True)
@@ -114,7 +118,7 @@ def step_kl(policy, output: Tensor, states: Tensor, step: Tensor, condition, mea
 
 
 def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tensor, clip_range: float, config: Config):
-    """Loss and metrics of the chosen trajectories at the chosen steps: one network call for len(rows) * len(steps) states."""
+    """Loss and metrics of the chosen trajectories at the chosen steps: one network call for all rows x steps states."""
     b, s = torch.cartesian_prod(rows, steps).unbind(-1)
     states, step, condition = traj.states[b, s], traj.steps[s], traj.condition[b]
     output = policy.model_output(states, step, condition)
@@ -128,14 +132,19 @@ def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tenso
 
 def check(policy, prompts: list[str], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
-    for name, allowed in {"baseline": ("prompt", "group", "batch"), "kl": ("exact", "noise_mse"), "reduction": ("mean", "sum")}.items():
+    for name, allowed in {
+        "baseline": ("prompt", "group", "batch"),
+        "kl": ("exact", "noise_mse"),
+        "reduction": ("mean", "sum"),
+    }.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
     for name in ("num_iterations", "num_prompts", "group_size", "num_minibatches", "num_epochs", "steps_per_pass"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
-    if config.num_minibatches > config.num_prompts * config.group_size:
-        raise ValueError(f"num_minibatches is {config.num_minibatches}, more than the {config.num_prompts * config.group_size} samples.")
+    batch_size = config.num_prompts * config.group_size
+    if config.num_minibatches > batch_size:
+        raise ValueError(f"num_minibatches is {config.num_minibatches}, more than the {batch_size} samples of a round.")
     policy.encode(list(prompts))
     policy.check_density()
 
@@ -143,7 +152,7 @@ def check(policy, prompts: list[str], config: Config) -> None:
 def train(policy, reward, prompts, config=Config(), generator=None, resume=None) -> Iterator[Step]:
     """Trains `policy` in place on `reward`, prompts drawn from `prompts`; yields a `Step` an iteration.
 
-    generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: a checkpoint of an earlier run.
+    generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint.
     Under `accelerate launch` each process rolls out and differentiates its own share of every round.
     """
     check(policy, prompts, config)
@@ -160,10 +169,12 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         start, policy.network_evaluations = counts["number"], counts["network_evaluations"]
         statistics.load(resume)
     own = own_rows(batch_size, policy.device)
-    lap = timer()
 
     for number in range(start, config.num_iterations):
-        drawn = torch.randint(len(prompts), (config.num_prompts,), generator=generator).repeat_interleave(config.group_size)
+        lap = timer()
+        drawn = torch.randint(len(prompts), (config.num_prompts,), generator=generator).repeat_interleave(
+            config.group_size
+        )
         batch = [prompts[i] for i in drawn.tolist()]
         with torch.no_grad():
             noise = policy.draw_noise(batch_size, generator)[own]
@@ -174,7 +185,9 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
 
         infos, norms = [], []
         for _ in range(config.num_epochs):
-            for minibatch in torch.randperm(batch_size, generator=generator).to(policy.device).chunk(config.num_minibatches):
+            for minibatch in (
+                torch.randperm(batch_size, generator=generator).to(policy.device).chunk(config.num_minibatches)
+            ):
                 rows = torch.isin(own, minibatch).nonzero().flatten()
                 share = len(rows) / len(minibatch)  # this process's weight in the mean over the global minibatch
                 for steps in torch.arange(policy.num_steps, device=policy.device).split(config.steps_per_pass):
@@ -189,7 +202,11 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
                 optimizer.zero_grad(set_to_none=True)
 
         metrics = {name: torch.stack([info[name] for info in infos]).mean() for name in infos[0]}
-        metrics |= {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), "grad_norm": torch.stack(norms).mean()}
+        metrics |= {
+            "reward": rewards.mean(),
+            "reward_std": rewards.std(correction=0),
+            "grad_norm": torch.stack(norms).mean(),
+        }
         evaluations = int(sum_over_processes(torch.tensor(policy.network_evaluations, device=policy.device)))
         yield Step(
             number,
@@ -197,8 +214,8 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
             evaluations,
             (number + 1) * batch_size,
             lap(),
-            lambda done=number + 1: pack(
-                parameters, optimizer, generator, number=done, network_evaluations=policy.network_evaluations
-            )
-            | statistics.tensors(),
+            lambda done=number + 1: (
+                pack(parameters, optimizer, generator, number=done, network_evaluations=policy.network_evaluations)
+                | statistics.tensors()
+            ),
         )

@@ -1,14 +1,14 @@
-"""Reward-weighted regression for diffusion models: the baseline that DDPO is compared with (Black et al., 2023, section 4.2).
+"""Reward-weighted regression for diffusion models: DDPO's baseline (Black et al., 2023, arXiv 2305.13301, section 4.2).
 
-Sample from the model, weight the samples by their rewards, and go on training with the usual denoising loss. It needs no
-density, but the loss bounds the likelihood only loosely, and several passes take the model away from its own samples.
+Sample from the model, weight the samples by their rewards, and go on training with the usual denoising loss. It needs
+no density, but the loss bounds the likelihood only loosely, and several passes take the model off its own samples.
 
     weights softmax(beta r) within each prompt (RWR, section 4.2)           softmax_weights
     the best share of each prompt's samples, weighted 1 (RWR-sparse)      top_weights
     E[w |noise - noise_pred|^2] over all training timesteps               policy.denoising_error
 
-As in the paper: rounds of sampling and regression, weights carried on. Samples are drawn in proportion to their weights,
-which has the same expectation as weighting the loss, and less variance. The regression is unguided.
+As in the paper: rounds of sampling and regression, weights carried on. Samples are drawn in proportion to their
+weights, which has the same expectation as weighting the loss. The regression is unguided.
 """
 
 from collections.abc import Iterator
@@ -55,7 +55,9 @@ def top_weights(rewards: Tensor, group: Tensor, keep: float, tiebreak: Tensor) -
     order = order[torch.argsort(group[order], stable=True)]  # by group, then reward, then chance
     count = torch.zeros_like(group).index_add(0, group, torch.ones_like(group))
     first = count.cumsum(0) - count
-    rank = torch.empty_like(group).index_copy(0, order, torch.arange(len(group), device=group.device) - first[group[order]])
+    rank = torch.empty_like(group).index_copy(
+        0, order, torch.arange(len(group), device=group.device) - first[group[order]]
+    )
     kept = (count * keep).round().clamp_min(1)
     return (rank < kept[group]).to(rewards.dtype) / kept[group]
 
@@ -71,9 +73,9 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     if resume is not None:
         counts = unpack(resume, parameters, optimizer, generator)
         start, policy.network_evaluations = counts["number"], counts["network_evaluations"]
-    lap = timer()
 
     for number in range(start, config.num_iterations):
+        lap = timer()
         drawn = torch.randint(len(prompts), (config.batch_size,), generator=generator)
         batch = [prompts[i] for i in drawn.tolist()]
         with torch.no_grad():
@@ -83,7 +85,9 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
             if config.weighting == "softmax":
                 weights = softmax_weights(rewards, group, config.beta)
             else:
-                weights = top_weights(rewards, group, config.keep, torch.rand(len(batch), generator=generator).to(rewards.device))
+                weights = top_weights(
+                    rewards, group, config.keep, torch.rand(len(batch), generator=generator).to(rewards.device)
+                )
 
         losses = []
         for _ in range(config.num_updates):

@@ -26,7 +26,7 @@ EVERYWHERE = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.pro
 
 @dataclass
 class Condition:
-    """Named inputs of the network, one row a sample; `condition[rows]` selects. `rows` says which prompt each came from."""
+    """Named inputs of the network, one row a sample; `condition[rows]` selects. `rows`: which prompt each came from."""
 
     tensors: dict[str, Tensor]
     rows: Tensor
@@ -40,10 +40,10 @@ class Condition:
 
 @dataclass
 class Trajectory:
-    """Denoising runs, from noise to data: `states[:, 0]` is the noisiest, `states[:, i + 1]` follows from step `steps[i]`.
+    """Denoising runs, from noise to data: `states[:, 0]` is noisiest, `states[:, i + 1]` follows by step `steps[i]`.
 
-    states (batch, S + 1, *latent); log_probs (batch, S) under the weights that rolled it out; steps (S,) indices into the
-    policy's `timesteps`; timesteps (S,) the network's integers; final (batch, *latent) what `policy.decode` takes.
+    states (batch, S + 1, *latent); log_probs (batch, S) under the weights that rolled it out; steps (S,) indices into
+    the policy's `timesteps`; timesteps (S,) the network's integers; final (batch, *latent) what `policy.decode` takes.
     A run that started late, from the branching point of a tree, has `steps[0] > 0`.
     """
 
@@ -85,13 +85,15 @@ class DiffusionPolicy:
     ):
         if getattr(scheduler.config, "clip_sample", False):
             raise ValueError(
-                "the scheduler has clip_sample=True: it would clamp the denoised sample, and the transition's mean with "
-                "it. Pass type(scheduler).from_config(scheduler.config, clip_sample=False)."
+                "the scheduler has clip_sample=True: it would clamp the denoised sample, and with it the mean of the "
+                "transition. Pass type(scheduler).from_config(scheduler.config, clip_sample=False)."
             )
         if class_names is not None and encoder is not None:
             raise ValueError("give an encoder or class_names, not both: either says what a prompt means.")
         if guidance_scale != 1 and class_names is not None and null_class is None:
-            raise ValueError("guidance_scale != 1 needs null_class: the label that the network knows as 'no condition'.")
+            raise ValueError(
+                "guidance_scale != 1 needs null_class: the label that the network knows as 'no condition'."
+            )
         self.network = network.eval()  # dropout would make the ratio differ from 1 before the first update
         self.scheduler = scheduler
         self.latent_shape = tuple(latent_shape or _latent_shape(network))
@@ -104,7 +106,15 @@ class DiffusionPolicy:
         self.set_num_steps(num_steps)
 
     @classmethod
-    def from_pipeline(cls, pipe, *, num_steps: int = 20, eta: float | int = 1.0, guidance_scale: float | int = 5.0, decode_rows: int = 64):
+    def from_pipeline(
+        cls,
+        pipe,
+        *,
+        num_steps: int = 20,
+        eta: float | int = 1.0,
+        guidance_scale: float | int = 5.0,
+        decode_rows: int = 64,
+    ):
         """Wraps a StableDiffusion- or StableDiffusionXL-like pipeline; its modules are used, not copied, and frozen.
 
         A scheduler of another family is replaced by DDIM on the same noise levels. `decode_rows`: latents per VAE call.
@@ -113,19 +123,23 @@ class DiffusionPolicy:
 
         missing = [part for part in ("unet", "vae", "scheduler", "tokenizer") if getattr(pipe, part, None) is None]
         if missing or not hasattr(pipe, "encode_prompt"):
-            hint = " It has a transformer: flow models are not diffusion policies." if hasattr(pipe, "transformer") else ""
+            hint = (
+                " It has a transformer: flow models are not diffusion policies." if hasattr(pipe, "transformer") else ""
+            )
             raise ValueError(
-                f"cannot wrap {type(pipe).__name__}: it has no {', '.join(missing) or 'encode_prompt'}.{hint} Expected a "
-                "pipeline like StableDiffusionPipeline, or build DiffusionPolicy(network, scheduler, ...) by hand."
+                f"cannot wrap {type(pipe).__name__}: it has no {', '.join(missing) or 'encode_prompt'}.{hint} Expected "
+                "a pipeline like StableDiffusionPipeline, or build DiffusionPolicy(network, scheduler, ...) by hand."
             )
         channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
         if channels != latent:
             raise ValueError(
                 f"cannot wrap {type(pipe).__name__}: its UNet takes {channels} channels, its VAE gives {latent}. "
-                "Inpainting and image-conditioned UNets need their extra channels in every call; use a text-to-image one."
+                "Inpainting and image-conditioned UNets need extra channels in every call; use a text-to-image one."
             )
         if getattr(pipe.unet.config, "time_cond_proj_dim", None):
-            raise ValueError(f"cannot wrap {type(pipe).__name__}: its UNet embeds the guidance scale; it is a consistency model.")
+            raise ValueError(
+                f"cannot wrap {type(pipe).__name__}: its UNet embeds the guidance scale; it is a consistency model."
+            )
         for module in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
             if module is not None:
                 module.requires_grad_(False).eval()
@@ -146,7 +160,7 @@ class DiffusionPolicy:
         return policy
 
     def set_num_steps(self, num_steps: int) -> None:
-        """Chooses the time grid, as the scheduler spaces it: `timesteps` (S,), descending, and the noise level at each."""
+        """Chooses the time grid, as the scheduler spaces it: `timesteps` (S,), descending, and their noise levels."""
         self.scheduler.set_timesteps(num_steps)
         self.num_steps = num_steps
         parameter = next(self.network.parameters())
@@ -179,11 +193,14 @@ class DiffusionPolicy:
         """Raises ValueError if a step of the grid is deterministic: then its actions have no log-probability."""
         zero = (self.std == 0).nonzero().flatten().tolist()
         if zero and self.eta == 0:
-            raise ValueError("eta = 0 makes every step deterministic: no density, no policy gradient. Use eta = 1 (DDPM).")
+            raise ValueError(
+                "eta = 0 makes every step deterministic: no density, no policy gradient. Use eta = 1 (DDPM)."
+            )
         if zero:
             raise ValueError(
                 f"step {zero[0]} (timestep {int(self.timesteps[zero[0]])}) is deterministic (std = 0), so it has no "
-                "log-probability: pass type(scheduler).from_config(scheduler.config, steps_offset=1, set_alpha_to_one=False)."
+                "log-probability: pass type(scheduler).from_config(scheduler.config, steps_offset=1, "
+                "set_alpha_to_one=False)."
             )
 
     # ---------------------------------------------------------------- what is trained, and against which reference
@@ -195,12 +212,16 @@ class DiffusionPolicy:
             raise ValueError("nothing to train: call policy.add_lora() or policy.train_all_weights() first.")
         return trainable
 
-    def add_lora(self, rank: int = 4, alpha: int | None = None, target_modules: Sequence[str] = ATTENTION, seed: int = 0) -> None:
-        """Freezes the network and adds a LoRA adapter (peft), zero at first; the reference is the network without it."""
+    def add_lora(
+        self, rank: int = 4, alpha: int | None = None, target_modules: Sequence[str] = ATTENTION, seed: int = 0
+    ) -> None:
+        """Freezes the network and adds a LoRA adapter (peft), zero at first. Reference: the network without it."""
         from peft import LoraConfig, inject_adapter_in_model
 
         self.network.requires_grad_(False)
-        config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(target_modules), init_lora_weights="gaussian")
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha or rank, target_modules=list(target_modules), init_lora_weights="gaussian"
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             add = getattr(self.network, "add_adapter", None)
@@ -244,7 +265,11 @@ class DiffusionPolicy:
         unique = list(dict.fromkeys(prompts))
         rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=self.device)
         inputs, unconditional = self._encoder(unique)
-        guided = {f"unconditional.{name}": value for name, value in unconditional.items()} if self.guidance_scale != 1 else {}
+        guided = (
+            {f"unconditional.{name}": value for name, value in unconditional.items()}
+            if self.guidance_scale != 1
+            else {}
+        )
         tensors = {name: value.to(self.device)[rows] for name, value in (inputs | guided).items()}
         return Condition(tensors, rows)
 
@@ -262,9 +287,13 @@ class DiffusionPolicy:
             return self._call(states, timesteps, inputs, reference)
         unguided = {k.removeprefix("unconditional."): v for k, v in condition.tensors.items() if k not in inputs}
         if unguided.keys() != inputs.keys():
-            raise ValueError("this condition was encoded with guidance_scale = 1; encode the prompts again to use guidance.")
+            raise ValueError(
+                "this condition was encoded with guidance_scale = 1; encode the prompts again to use guidance."
+            )
         both = {name: torch.cat([unguided[name], inputs[name]]) for name in inputs}
-        unconditional, conditional = self._call(torch.cat([states, states]), timesteps.repeat(2), both, reference).chunk(2)
+        unconditional, conditional = self._call(
+            torch.cat([states, states]), timesteps.repeat(2), both, reference
+        ).chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def denoising_error(
@@ -304,7 +333,9 @@ class DiffusionPolicy:
             return self._frozen_copy(states, timesteps, **inputs)
         adapters = self._adapters()
         if not adapters:
-            raise ValueError("this policy has no reference: call policy.add_lora() or policy.train_all_weights() before training.")
+            raise ValueError(
+                "this policy has no reference: call policy.add_lora() or policy.train_all_weights() before training."
+            )
         for module in adapters:
             module.enable_adapters(False)
         try:
@@ -324,7 +355,7 @@ class DiffusionPolicy:
         reduction: str = "mean",
         reference: bool = False,
     ) -> StepOut:
-        """One transition: scores `next` if given, else samples it with `noise`. states (n, *latent), step (n,) or an int.
+        """One transition: scores `next` if given, else samples it with `noise`. states (n, *latent); step (n,) or int.
 
         `step` is an index into `timesteps`, not a timestep. reference=True: the same under the frozen base model.
         """
@@ -332,7 +363,9 @@ class DiffusionPolicy:
         output = self.model_output(states, step, condition, reference)
         return self.step_from(output, states, step, next=next, noise=noise, reduction=reduction)
 
-    def step_from(self, output: Tensor, states: Tensor, step: Tensor | int, *, next=None, noise=None, reduction="mean") -> StepOut:
+    def step_from(
+        self, output: Tensor, states: Tensor, step: Tensor | int, *, next=None, noise=None, reduction="mean"
+    ) -> StepOut:
         """The transition that follows from a model output already at hand; no network evaluation."""
         rows = (len(states),)
         return ddim_step(
@@ -361,7 +394,7 @@ class DiffusionPolicy:
         """Runs steps `first` to `last` (excluded; all by default) and keeps every state and log-probability.
 
         noise: as from `draw_noise`, which is called if it is None. states: where to start from, noise[:, 0] by default:
-        a branching rollout runs the prefix once, repeats its final states, and goes on with first = the prefix's length.
+        a branching rollout runs the prefix once, repeats its final states, and goes on from first = its length.
         Wrap it in torch.no_grad() unless the gradient through the sampler is wanted. Raises ValueError where std = 0.
         """
         self.check_density()
@@ -375,14 +408,18 @@ class DiffusionPolicy:
         states, log_probs = torch.stack(path, 1), torch.stack(log_probs, 1)
         return Trajectory(states, log_probs, steps, self.timesteps[steps], condition, path[-1])
 
-    def _walk(self, states: Tensor, steps: Tensor, condition: Condition, noise: Tensor, reduction: str) -> Iterator[StepOut]:
+    def _walk(
+        self, states: Tensor, steps: Tensor, condition: Condition, noise: Tensor, reduction: str
+    ) -> Iterator[StepOut]:
         for i in range(len(steps)):
             out = self.step(states, steps[i], condition, noise=noise[:, steps[i] + 1], reduction=reduction)
             states = out.next
             yield out
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], noise: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, prompts: Sequence[str], noise: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Decoded samples, one a prompt; keeps no path and needs no density, so eta = 0 will do."""
         condition = self.encode(prompts)
         noise = self.draw_noise(len(condition), generator) if noise is None else noise
@@ -399,7 +436,9 @@ class DiffusionPolicy:
 def _latent_shape(network: nn.Module) -> tuple[int, ...]:
     config = getattr(network, "config", None)
     if config is None or getattr(config, "sample_size", None) is None:
-        raise ValueError(f"{type(network).__name__} does not say the shape of its samples: pass latent_shape=(channels, h, w).")
+        raise ValueError(
+            f"{type(network).__name__} does not say the shape of its samples: pass latent_shape=(channels, h, w)."
+        )
     size = config.sample_size
     return (config.in_channels, *((size, size) if isinstance(size, int) else size))
 
@@ -423,7 +462,7 @@ def _class_encoder(class_names: Sequence[str] | None, null_class: int | None):
 
 
 def _pipeline_encoder(pipe):
-    """The pipeline's own encode_prompt. XL pipelines also give pooled embeddings, and want the image's size (time_ids)."""
+    """The pipeline's own encode_prompt. XL pipelines add pooled embeddings, and want the image's size (time_ids)."""
 
     @torch.no_grad()
     def encode(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

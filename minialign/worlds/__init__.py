@@ -1,4 +1,4 @@
-"""Small places with exact answers. `load("shapes")` gives a `World`: base policy, prompts, rewards, oracle, real data."""
+"""Small places with exact answers. `load("shapes")` gives a `World`: policy, prompts, rewards, oracle, real data."""
 
 import difflib
 import importlib

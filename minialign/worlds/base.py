@@ -15,7 +15,7 @@ class World:
     """A small place with a known truth: a base policy, prompts for it, rewards, and the oracle that is not fooled.
 
     `rewards` maps a name to `reward(samples, prompts) -> (batch,)`; `default_reward` is the one that `minialign run`
-    trains on. `oracle` says what is right: 0 or 1 a sample. `real(n, generator)` draws (samples, prompts) from the data.
+    trains on. `oracle` says what is right: 0 or 1 a sample. `real(n, generator)` draws (samples, prompts) of the data.
     `show(samples, prompts)` draws them. `extras` holds what only this world has (held-out prompts, its exact mixture).
     """
 

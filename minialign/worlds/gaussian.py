@@ -1,6 +1,6 @@
 """Gaussian mixtures as worlds: the exact score is known at every noise level, so the base model needs no training.
 
-    GaussianMixture      density, samples, exact noise prediction, posterior mean, tilts; any dimension, full covariances
+    GaussianMixture      density, samples, exact noise prediction, posterior mean, tilts; any dimension and covariance
     ExactDenoiser        that noise prediction as a network, plus a residual that starts at zero and is all that trains
     compass ring line    2-D, four coarse modes, each inner or outer; 2-D, eight modes on a circle; 1-D, one Gaussian
 
@@ -31,8 +31,8 @@ class GaussianMixture(nn.Module):
 
     Covariances are diagonalised once: noise only shifts their eigenvalues, to alpha_bar lambda + 1 - alpha_bar, so no
     call inverts a matrix. x is (batch, *dims) with d = prod(dims) elements, so images need no reshaping;
-    alpha_bar is (batch,) or a number. `log_weights` (batch, c) replaces the mixture's own row by row: a class-conditional
-    question. Results have x's dtype; the arithmetic is in float32 at least.
+    alpha_bar is (batch,) or a number. `log_weights` (batch, c) replaces the mixture's own row by row: a question about
+    a class. Results have x's dtype; the arithmetic is in float32 at least.
     Raises ValueError for covariances that are not symmetric and positive semi-definite, and for negative weights.
     """
 
@@ -49,7 +49,7 @@ class GaussianMixture(nn.Module):
         eigenvalues, eigenvectors = torch.linalg.eigh(covariances)
         slack = 1e-5 * covariances.abs().amax()
         if (eigenvalues < -slack).any() or ((covariances - covariances.mT).abs() > slack).any():
-            raise ValueError("a covariance is not symmetric and positive semi-definite; (A + A.mT) / 2 repairs rounding.")
+            raise ValueError("a covariance is not symmetric positive semi-definite; (A + A.mT) / 2 repairs rounding.")
         self.register_buffer("means", means)
         self.register_buffer("log_weights", (weights / weights.sum()).log())
         self.register_buffer("eigenvalues", eigenvalues.clamp_min(0))  # (c, d)
@@ -78,7 +78,8 @@ class GaussianMixture(nn.Module):
         weights = self.log_weights.exp()
         mean = weights @ self.means
         centred = self.means - mean
-        return mean, einsum(weights, self.covariances, "c, c i j -> i j") + centred.T @ (weights.unsqueeze(-1) * centred)
+        between = centred.T @ (weights.unsqueeze(-1) * centred)
+        return mean, einsum(weights, self.covariances, "c, c i j -> i j") + between
 
     def sample(
         self, n: int, generator: torch.Generator | None = None, log_weights: Float[Tensor, "n c"] | None = None
@@ -91,7 +92,7 @@ class GaussianMixture(nn.Module):
         return self.means[component] + einsum(self.eigenvectors[component], noise, "n d k, n k -> n d"), component
 
     def _components(self, x: Tensor, alpha_bar: Tensor | float, log_weights: Tensor | None):
-        """Eigen-coordinates of x - sqrt(alpha_bar) mean and their variances, (batch, c, k); log joint density (batch, c)."""
+        """Eigen-coordinates of x - sqrt(alpha_bar) mean and their variances, (batch, c, k); log joint (batch, c)."""
         x = x.flatten(1)
         if x.shape[1] != self.dim:
             raise ValueError(f"x has {x.shape[1]} elements a sample; this mixture lives in {self.dim} dimensions.")
@@ -148,13 +149,13 @@ class GaussianMixture(nn.Module):
     def probability_flow(
         self, x: Float[Tensor, "b *dims"], alpha_bar_from: float, alpha_bar_to: float
     ) -> Float[Tensor, "b *dims"]:
-        """x at the end of the probability-flow ODE between two noise levels, in closed form (sheet teleport): one Gaussian.
+        """Where the probability-flow ODE takes x between two noise levels (sheet teleport): closed form, one Gaussian.
 
         Raises ValueError for a mixture of several, whose flow has no closed form: take `moments()` for its Gaussian.
         """
         if self.num_components != 1:
             raise ValueError(
-                f"the flow of {self.num_components} components has no closed form; for the Gaussian with this mixture's "
+                f"the flow of {self.num_components} components has no closed form; for the Gaussian of its "
                 "moments: mean, covariance = mixture.moments(); GaussianMixture(mean[None], covariance[None])."
             )
         y, variance, _ = self._components(x, alpha_bar_from, None)
@@ -165,7 +166,7 @@ class GaussianMixture(nn.Module):
     def tilt(
         self, beta: float, linear: Tensor | None = None, quadratic: Tensor | None = None
     ) -> tuple["GaussianMixture", Float[Tensor, ""]]:
-        """(p exp(r / beta) / Z, log Z) for r(x) = linear . x + x . quadratic . x / 2: see `exact.tilt_gaussian_mixture`."""
+        """(p exp(r / beta) / Z, log Z), r = linear . x + x . quadratic . x / 2: see `exact.tilt_gaussian_mixture`."""
         out = tilt_gaussian_mixture(self.means, self.covariances, self.log_weights, beta, linear, quadratic)
         return GaussianMixture(out.means, out.covariances, out.log_weights.exp()), out.log_z
 
@@ -174,7 +175,7 @@ class GaussianMixture(nn.Module):
 
 
 class ExactDenoiser(nn.Module):
-    """A network that predicts the noise exactly, plus a residual: network(x, t, class_labels=None), called as diffusers'.
+    """A network that predicts the noise exactly, plus a residual: network(x, t, class_labels=None), as in diffusers.
 
     x (batch, *dims); t the training timestep, (batch,) or one for all; class_labels (batch,) int.
     The exact part has no parameters; `residual(x, t, class_labels)` starts at zero and is what training moves.
@@ -260,7 +261,7 @@ class _PerStep(nn.Module):
 
 
 class PerStepLinear(_PerStep):
-    """weight[step, class] @ [x; 1], zero at first (sheet b2diffurl): steps share nothing, so training one moves no other.
+    """weight[step, class] @ [x; 1], zero at first (sheet b2diffurl): training one step moves no other.
 
     weight (steps, classes, dim, dim + 1), the bias in the last column.
     """
@@ -363,7 +364,7 @@ def gold(samples: Float[Tensor, "b 2"], prompts: Sequence[str]) -> Float[Tensor,
 
 
 def side(samples: Float[Tensor, "b 2"], prompts: Sequence[str]) -> Float[Tensor, "b"]:
-    """1 on the left (x_1 < 0) for the first prompt, "inner", on the right for "outer": decided early, by the coarse mode."""
+    """1 on the left (x_1 < 0) for "inner", on the right for "outer": decided early, by the coarse mode (sheet rlcm)."""
     return ((samples[:, 0] > 0) == (_wanted(prompts, samples) == 1)).to(samples.dtype)
 
 
@@ -410,14 +411,15 @@ def on_mode(centre: Float[Tensor, "d"], radius: float) -> Callable[[Tensor, Sequ
 
 
 def _show_plane(mixture: GaussianMixture, modes: Tensor, oracle: Callable) -> Callable:
-    """A picture of samples in the plane: a panel for each prompt, a colour for each mode, the data's density as lines."""
+    """A picture of samples: a panel for each prompt, a colour for each mode, the data's density as lines."""
     reach = float(mixture.means.abs().amax() + 4 * mixture.eigenvalues.amax().sqrt())
 
     def show(samples: Float[Tensor, "b 2"], prompts: Sequence[str]):
         samples, unique = samples.detach().float().cpu(), list(dict.fromkeys(prompts))
         limits = min(max(reach, 1.05 * float(samples.abs().amax())), 2 * reach)
         with pictures.style():
-            fig = pictures._figure(0.6 + 4.2 * len(unique), 4.9, f"{len(samples)} samples of the plane, coloured by mode")
+            label = f"{len(samples)} samples of the plane, coloured by mode"
+            fig = pictures.figure(0.6 + 4.2 * len(unique), 4.9, label)
             fig.set_layout_engine("compressed")
             axes = fig.subplots(1, len(unique), squeeze=False, sharex=True, sharey=True)[0]
             for ax, prompt in zip(axes, unique, strict=True):
@@ -454,10 +456,11 @@ def _show_line(mixture: GaussianMixture) -> Callable:
         high = max(centre + 4 * spread, float(samples.max()))
         axis = torch.linspace(low, high, 400)
         with pictures.style():
-            fig = pictures._figure(5.6, 3.6, f"{len(samples)} samples of the line")
+            fig = pictures.figure(5.6, 3.6, f"{len(samples)} samples of the line")
             fig.set_layout_engine("constrained")
             ax = fig.add_subplot()
-            ax.hist(samples, bins=60, range=(low, high), density=True, color=pictures.COLORS[0], alpha=0.5, label="samples")
+            look = {"color": pictures.COLORS[0], "alpha": 0.5, "label": "samples"}
+            ax.hist(samples, bins=60, range=(low, high), density=True, **look)
             ax.plot(axis, mixture.log_prob(axis.unsqueeze(-1)).exp(), color=pictures.INK, label="data")
             ax.set(xlabel="$x$", ylabel="density", title=f"mean {samples.mean():.2f}, sd {samples.std():.2f}")
             ax.legend()
@@ -482,8 +485,8 @@ def load(
 ) -> World:
     """compass, ring or line, its policy a perfect base model that has not been trained.
 
-    residual: "mlp" (compass and ring's own), "per_step_linear" or "per_step_scalar" (line's own); `seed` draws the MLP's
-    weights. settings: radius, std and num_modes of ring, mean and std of line.
+    residual: "mlp" (compass and ring's own), "per_step_linear" or "per_step_scalar" (line's own); `seed` draws the
+    MLP's weights. settings: radius, std and num_modes of ring, mean and std of line.
     """
     builders = {"compass": _compass, "ring": _ring, "line": _line}
     known = {"compass": (), "ring": ("radius", "std", "num_modes"), "line": ("mean", "std")}
@@ -494,7 +497,8 @@ def load(
             own = ", ".join(("num_steps", "eta", "residual", "seed", *known[name]))
             raise ValueError(f"world {name!r} has no setting {setting!r}. There are: {own}.")
     if residual is not None and residual not in RESIDUALS:
-        raise ValueError(f"unknown residual {residual!r};{_near(residual, RESIDUALS)} There are: {', '.join(RESIDUALS)}.")
+        known = ", ".join(RESIDUALS)
+        raise ValueError(f"unknown residual {residual!r};{_near(residual, RESIDUALS)} There are: {known}.")
 
     def policy(mixture: GaussianMixture, classes: tuple[str, ...] | None, own_residual: str) -> DiffusionPolicy:
         return _policy(mixture, classes, residual or own_residual, num_steps, eta, seed)
@@ -566,9 +570,7 @@ def _compass(policy: Callable[..., DiffusionPolicy]) -> World:
     )
 
 
-def _ring(
-    policy: Callable[..., DiffusionPolicy], radius: float = 2.0, std: float = 0.25, num_modes: int = 8
-) -> World:
+def _ring(policy: Callable[..., DiffusionPolicy], radius: float = 2.0, std: float = 0.25, num_modes: int = 8) -> World:
     mixture, modes = ring(radius, std, num_modes), ring_modes(radius, num_modes)
     values = 1 - torch.arange(num_modes) / num_modes  # lopsided on purpose: mode 0, on the right, is the best
     oracle = on_mode(modes[0], 3 * std)

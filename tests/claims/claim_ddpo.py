@@ -1,5 +1,5 @@
-"""DDPO's claims in miniature (sheet ddpo): importance sampling against reward-weighted regression at 10,240 reward queries
-in `compass`, its cost in diversity, and the KL-regularised optimum of a linear-Gaussian world.
+"""DDPO's claims in miniature: importance sampling against reward-weighted regression at 10,240 reward queries in
+`compass`, its cost in diversity, and the KL-regularised optimum of a linear-Gaussian world.
 
 The baseline gets the better hand: its best setting is chosen on the very seeds it is judged on, from beta in {1, 5, 20}
 and RWR-sparse, each at two learning rates, while DDPO keeps one setting throughout.
@@ -15,6 +15,7 @@ import torch
 
 from minialign import worlds
 from minialign.exact import LinearGaussianSampler
+from minialign.loop import fit
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import ddpo, rwr
 from minialign.worlds.gaussian import mode_entropy
@@ -28,7 +29,11 @@ SF = ddpo.Config(
     num_iterations=40, num_prompts=256, group_size=1, num_minibatches=1, learning_rate=3e-3, steps_per_pass=20
 )
 RWR = {
-    **{f"RWR beta {beta} lr {lr}": rwr.Config(beta=beta, learning_rate=lr) for beta in (1.0, 5.0, 20.0) for lr in (1e-3, 3e-3)},
+    **{
+        f"RWR beta {beta} lr {lr}": rwr.Config(beta=beta, learning_rate=lr)
+        for beta in (1.0, 5.0, 20.0)
+        for lr in (1e-3, 3e-3)
+    },
     **{f"RWR-sparse lr {lr}": rwr.Config(weighting="top", learning_rate=lr) for lr in (1e-3, 3e-3)},
 }
 METHODS = {"DDPO_IS": (ddpo, IS), "DDPO_SF": (ddpo, SF)} | {name: (rwr, config) for name, config in RWR.items()}
@@ -41,14 +46,16 @@ def compass_run(name: str, seed: int) -> dict:
     method, config = METHODS[name]
     world = worlds.load("compass", seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    for step in method.train(world.policy, world.rewards["gold"], world.prompts, config, generator):
-        pass
-    assert step.reward_queries == QUERIES, f"{name} spent {step.reward_queries} queries, not {QUERIES}"
+    steps = method.train(world.policy, world.rewards["gold"], world.prompts, config, generator)
+    history = fit(steps, progress=False)
+    spent = history[-1]["reward_queries"]
+    assert spent == QUERIES, f"{name} spent {spent} queries, not {QUERIES}"
     prompts = world.prompts * 2048
     samples = world.policy.sample(prompts, generator=torch.Generator().manual_seed(1_000 + seed))
     return {
         "method": name, "seed": seed, "success": float(world.oracle(samples, prompts).mean()),
-        "entropy": float(mode_entropy(samples, world.extras["modes"])), "network_evaluations": step.network_evaluations,
+        "entropy": float(mode_entropy(samples, world.extras["modes"])),
+        "network_evaluations": history[-1]["network_evaluations"],
     }  # fmt: skip
 
 
@@ -62,7 +69,9 @@ def kl_run(seed: int, iterations: int = 1500) -> dict:
     )  # fmt: skip
     exact = LinearGaussianSampler(mean=0.0, std=1.0, num_steps=20, eta=1.0)
     shifts = []
-    for _ in ddpo.train(world.policy, world.rewards["first_coordinate"], world.prompts, config, torch.Generator().manual_seed(seed)):
+    for _ in ddpo.train(
+        world.policy, world.rewards["first_coordinate"], world.prompts, config, torch.Generator().manual_seed(seed)
+    ):
         theta = world.policy.parameters()[0].detach().double().flatten()
         shifts.append(float(exact.mean_at(theta) - exact.sample_mean))
     tail = shifts[-iterations // 3 :]
@@ -81,7 +90,9 @@ def replicate() -> dict:
 
 def verdict(runs: list[dict], kl: list[dict]) -> dict:
     """The sheet's bars, from the raw results that are stored beside them."""
-    values = {name: {key: [r[key] for r in runs if r["method"] == name] for key in ("success", "entropy")} for name in METHODS}
+    values = {
+        name: {key: [r[key] for r in runs if r["method"] == name] for key in ("success", "entropy")} for name in METHODS
+    }
     best = max(RWR, key=lambda name: sum(values[name]["success"]))
     margin = paired_difference(values["DDPO_IS"]["success"], values[best]["success"])
     over_sf = paired_difference(values["DDPO_IS"]["success"], values["DDPO_SF"]["success"])
@@ -90,15 +101,20 @@ def verdict(runs: list[dict], kl: list[dict]) -> dict:
     table = {name: {key: str(mean_ci(v)) for key, v in columns.items()} for name, columns in values.items()}
     bars = [
         bar("DDPO_IS minus best RWR, success at equal queries", margin, "> 0.08", margin.mean > 0.08),
-        bar("the same in standard errors", margin.mean / margin.standard_error, "> 2", margin.mean > 2 * margin.standard_error),
+        bar(
+            "the same in standard errors",
+            margin.mean / margin.standard_error,
+            "> 2",
+            margin.mean > 2 * margin.standard_error,
+        ),
         bar("DDPO_IS minus DDPO_SF, success", over_sf, ">= 0", over_sf.mean >= 0),
         bar("its cost: mode entropy, DDPO_IS minus best RWR", entropy, "< 0", entropy.mean < 0),
         bar("KL arm: worst relative error of the shift over seeds", error, "< 0.05", error < 0.05),
     ]
     passed = all(b["passed"] for b in bars)
     return {
-        "name": "DDPO", "verdict": "replicates" if passed else "does not replicate in miniature", "seeds": SEEDS, "bars": bars,
-        "best_rwr": best, "table": table, "runs": runs, "kl_runs": kl,
+        "name": "DDPO", "verdict": "replicates" if passed else "does not replicate in miniature", "seeds": SEEDS,
+        "bars": bars, "best_rwr": best, "table": table, "runs": runs, "kl_runs": kl,
     }  # fmt: skip
 
 

@@ -11,7 +11,9 @@ from minialign import worlds
 from minialign.loop import fit, load_checkpoint, save_checkpoint
 from minialign.methods import ddpo
 
-SMALL = ddpo.Config(num_iterations=3, num_prompts=8, group_size=2, num_minibatches=2, learning_rate=3e-3, steps_per_pass=5)
+SMALL = ddpo.Config(
+    num_iterations=3, num_prompts=8, group_size=2, num_minibatches=2, learning_rate=3e-3, steps_per_pass=5
+)
 
 
 def trained(config, seed=0, reward=None, resume=None, keep=None, dtype=torch.float64):
@@ -71,7 +73,7 @@ def test_ratio_is_one_before_the_first_update():
     with torch.no_grad():
         traj = world.policy.rollout(world.prompts * 4)
     rows, steps = torch.arange(8), torch.arange(5)
-    loss, info = ddpo.transition_loss(world.policy, traj, rows, steps, torch.randn(8), 0.1, SMALL)
+    _, info = ddpo.transition_loss(world.policy, traj, rows, steps, torch.randn(8), 0.1, SMALL)
     assert float(info["clip_fraction"]) == 0 and float(info["approx_kl"]) < 1e-10
 
 

@@ -39,7 +39,9 @@ def unet_and_vae(cross_attention_dim, **extra):
 def sd_scheduler(**changes):
     from diffusers import DDIMScheduler
 
-    settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
+    settings = dict(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )
     return DDIMScheduler(**(settings | {"set_alpha_to_one": False} | changes))
 
 

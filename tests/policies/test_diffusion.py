@@ -1,4 +1,4 @@
-"""The policy contract, proven on real diffusers classes: rollout, scoring, guidance, reference, adapters, costs, errors."""
+"""The policy contract on real diffusers classes: rollout, scoring, guidance, reference, adapters, costs, errors."""
 
 import pytest
 import torch
@@ -58,7 +58,9 @@ def test_same_images_as_the_pipeline_itself(sd, generator):
     policy = DiffusionPolicy.from_pipeline(sd, num_steps=4, eta=0.0, guidance_scale=3.0)
     noise = policy.draw_noise(2, generator)
     sd.set_progress_bar_config(disable=True)
-    theirs = sd(["a dog", "a cat"], latents=noise[:, 0], num_inference_steps=4, guidance_scale=3.0, eta=0.0, output_type="pt")
+    theirs = sd(
+        ["a dog", "a cat"], latents=noise[:, 0], num_inference_steps=4, guidance_scale=3.0, eta=0.0, output_type="pt"
+    )
     torch.testing.assert_close(policy.sample(["a dog", "a cat"], noise), theirs.images, atol=1e-5, rtol=1e-5)
 
 

@@ -1,0 +1,100 @@
+"""Every kernel compiles without a graph break, gives the same numbers compiled, and works under torch.func.vmap.
+
+jaxtyping's wrapper breaks the graph, so it is switched off here; the annotations are run by all the other tests.
+"""
+
+import shutil
+
+import jaxtyping
+import pytest
+import torch
+
+from minialign import kernels
+
+N = 5
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+X, Y, Z = random(N, 2, 3, seed=1), random(N, 2, 3, seed=2), random(N, 2, 3, seed=3)
+STD, A, A_NEXT = f64(0.3, 0.5, 1, 2, 3), f64(0.1, 0.3, 0.5, 0.7, 0.9), f64(0.2, 0.5, 0.6, 0.8, 0.95)
+LOG_P, LOG_Q, REWARDS = random(N, seed=4), random(N, seed=5), random(N, seed=6)
+GROUP = torch.tensor([0, 3, 0, 3, 3])
+
+
+def step(prediction_type, **given):
+    def call(output, state, a, a_next):
+        kwargs = {"prediction_type": prediction_type, "reduction": "mean", **given}
+        return kernels.ddim_step(output, state, a, a_next, 0.8, **kwargs)
+
+    return call
+
+
+CASES = {
+    "gaussian_log_prob": (lambda x, m, s: kernels.gaussian_log_prob(x, m, s, "sum"), (X, Y, STD)),
+    "gaussian_kl": (lambda x, m, s: kernels.gaussian_kl(x, m, s, "mean"), (X, Y, STD)),
+    "predict": (lambda o, s, a: kernels.predict(o, s, a, "v_prediction"), (X, Y, A)),
+    "ddim_std": (lambda a, b: kernels.ddim_std(a, b, 0.8), (A, A_NEXT)),
+    "ddim_step samples": (step("epsilon", noise=Z), (X, Y, A, A_NEXT)),
+    "ddim_step scores": (step("v_prediction", next=Z), (X, Y, A, A_NEXT)),
+    "ddim_step x0": (step("sample"), (X, Y, A, A_NEXT)),
+    "ddim_alpha_bars": (lambda table, t: kernels.ddim_alpha_bars(table, t, 2, 0.99), (A, torch.tensor([4, 3, 1]))),
+    "clipped_surrogate": (lambda p, q, a: kernels.clipped_surrogate(p, q, a, 0.2), (LOG_P, LOG_Q, REWARDS)),
+    "group_advantages": (lambda r, g: kernels.group_advantages(r, g), (REWARDS, GROUP)),
+    "group_advantages centred": (lambda r, g: kernels.group_advantages(r, g, scale=False), (REWARDS, GROUP)),
+    "whiten": (lambda x: kernels.whiten(x), (X,)),
+    "kl_k1": (lambda u: kernels.kl_k1(u), (LOG_P,)),
+    "kl_k2": (lambda u: kernels.kl_k2(u), (LOG_P,)),
+    "kl_k3": (lambda u: kernels.kl_k3(u), (LOG_P,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _annotations_off():
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch._dynamo.reset()
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch._dynamo.reset()
+
+
+def test_every_kernel_has_a_case():
+    helpers = {"StepOut", "at_least_float32", "expand_as"}
+    assert {name.split()[0] for name in CASES} == set(kernels.__all__) - helpers
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_in_one_graph(name):
+    fn, args = CASES[name]
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), fn(*args))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
+def test_inductor():
+    """One kernel through the real code generator; one process and no precompiled headers, or that alone takes 20 s."""
+    fn, args = CASES["clipped_surrogate"]
+    cheap = {"compile_threads": 1, "cpp_cache_precompile_headers": False}
+    torch.testing.assert_close(torch.compile(fn, fullgraph=True, options=cheap)(*args), fn(*args))
+
+
+VMAP = {name: case for name, case in CASES.items() if name != "ddim_alpha_bars"}
+
+
+@pytest.mark.parametrize("name", VMAP)
+def test_vmap_is_a_loop(name):
+    """Over a stack of two problems; integer arguments (group ids) are stacked too."""
+    fn, args = CASES[name]
+    stacked = [torch.stack([arg, arg.flip(0) if not arg.is_floating_point() else 0.9 * arg]) for arg in args]
+    got = torch.func.vmap(fn)(*stacked)
+    for row in range(2):
+        expected = fn(*(arg[row] for arg in stacked))
+        leaves = torch.utils._pytree.tree_leaves(got)
+        for mine, theirs in zip(leaves, torch.utils._pytree.tree_leaves(expected), strict=True):
+            torch.testing.assert_close(mine[row], theirs)

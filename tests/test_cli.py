@@ -1,0 +1,134 @@
+"""The command line as a user meets it, in the fast exact world: files, resuming, Ctrl-C, and errors that teach."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from minialign import cli
+
+FAST = ["--world", "compass", "--steps", "4", "--quiet", "--set", "num_prompts=32", "--set", "num_steps=5"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_scratch_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments) -> int:
+    return cli.main(["run", *map(str, arguments)])
+
+
+def test_a_run_leaves_what_the_readme_promises(tmp_path, capsys):
+    assert run("ddpo", *FAST, "--out", "r") == 0
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    assert names >= {
+        "summary.json",
+        "metrics.csv",
+        "before_after.png",
+        "curves.png",
+        "run.json",
+        "trainable.safetensors",
+    }
+    assert not [name for name in names if "partial" in name]
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["reward_queries"] == 4 * 32 and summary["network_evaluations"] == 4 * 32 * 5 * 4
+    assert summary["before"]["kl"] == 0 and summary["after"]["kl"] > 0
+    assert len(list(csv.DictReader((tmp_path / "r/metrics.csv").read_text().splitlines()))) == 4
+    printed = capsys.readouterr().out
+    assert "oracle accuracy" in printed and "network evaluations" in printed
+
+
+def test_resuming_ends_with_the_numbers_of_an_uninterrupted_run(tmp_path):
+    assert run("ddpo", *FAST, "--out", "whole") == 0
+    assert run("ddpo", *FAST, "--steps", "2", "--out", "part") == 0
+    assert run("--resume", "part", "--steps", "4", "--quiet") == 0
+    whole, part = (json.loads((tmp_path / f"{name}/summary.json").read_text()) for name in ("whole", "part"))
+    for summary in (whole, part):
+        del summary["seconds"]
+    assert whole == part
+    a, b = (load_file(tmp_path / f"{name}/trainable.safetensors") for name in ("whole", "part"))
+    assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_ctrl_c_saves_what_was_learned_and_resume_goes_on(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "minialign.cli",
+        "run",
+        "ddpo",
+        "--world",
+        "compass",
+        "--steps",
+        "100000",
+        "--out",
+        "r",
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r/metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "minialign run --resume" in out
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["interrupted"] and summary["iterations"] >= 1
+    assert run("--resume", "r", "--steps", summary["iterations"] + 1, "--quiet") == 0
+    assert json.loads((tmp_path / "r/summary.json").read_text())["iterations"] == summary["iterations"] + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dppo"], "unknown method 'dppo'; did you mean 'ddpo'?"),
+        (["ddpo", "--world", "shape"], "unknown world 'shape'; did you mean 'shapes'?"),
+        (["ddpo", "--set", "learning_rat=1"], "unknown field 'learning_rat'; did you mean 'learning_rate'?"),
+        (["ddpo", "--set", "num_prompts=many"], "num_prompts=many: expected int"),
+        (["ddpo", "--set", "eta"], "expected field=value"),
+        (["ddpo", "--world", "compass", "--reward", "golf"], "unknown reward 'golf'; did you mean 'gold'?"),
+        (["ddpo", "--world", "compass", "--reward", "nowhere:f"], "cannot load the reward"),
+        (["ddpo", "--world", "compass", "--set", "eta=0"], "eta = 0"),
+        (["ddpo", "--world", "compass", "--set", "num_minibatches=999"], "more than the 256 samples"),
+        (["--resume", "nothing"], "holds no run to resume"),
+        ([], "which method?"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_left(arguments, message, capsys, tmp_path):
+    assert run(*arguments, "--quiet") == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path, capsys):
+    assert run("ddpo", *FAST, "--out", "r") == 0
+    assert run("ddpo", *FAST, "--out", "r") == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return samples[:, :1]", "returned shape (32, 1) for 32 samples"),
+        ("return [0.0] * len(samples)", "list"),
+        ("return samples[:, 0] / 0 * 0", "nan"),
+        ("return prompt", "raised NameError"),
+    ],
+)
+def test_a_broken_reward_is_named_and_nothing_is_left(body, message, tmp_path, capsys, monkeypatch):
+    module = f"reward_{abs(hash(body))}"
+    (tmp_path / f"{module}.py").write_text(f"def mine(samples, prompts):\n    {body}\n")
+    monkeypatch.setattr(cli, "EVALUATION_SAMPLES", 32)
+    monkeypatch.setattr(cli, "KL_SAMPLES", 8)
+    assert run("ddpo", *FAST, "--reward", f"{module}:mine", "--out", "r") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()

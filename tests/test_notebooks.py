@@ -1,0 +1,102 @@
+"""Every chapter under nbval, in both editions: no cell raises, checked outputs agree; unsolved 0 points, solved all.
+
+Each edition runs once: a pytest of its own runs nbval and notes what the graded cells returned. Run as a script, this
+file is that pytest:    python tests/test_notebooks.py NOTEBOOK RESULTS.json
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minialign.course.check import registered
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 90  # seconds, on two cores with another notebook beside it; aim at 30
+
+
+def chapters(folder):
+    return sorted((ROOT / folder).glob("[0-9][0-9]_*.ipynb"))
+
+
+class Points:
+    """A plugin that notes the outputs of nbval's graded cells."""
+
+    def __init__(self, path):
+        self.path, self.graded = path, {}
+
+    def pytest_runtest_teardown(self, item):
+        grader = item.cell.metadata.get("nbgrader", {})
+        if grader.get("grade"):
+            outputs = item.test_outputs or []
+            shown = [out["data"]["text/plain"] for out in outputs if out["output_type"] == "execute_result"]
+            stderr = "".join(out.get("text", "") for out in outputs if out.get("name") == "stderr")
+            self.graded[grader["grade_id"]] = {"shown": shown, "points": grader["points"], "stderr": stderr}
+
+    def pytest_sessionfinish(self):
+        Path(self.path).write_text(json.dumps(self.graded))
+
+
+def nbval(notebook, results):
+    """Run nbval on one notebook, apart from this run's plugins and settings; (exit status, report)."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MPLBACKEND"))}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(results.parent / "ipython")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(notebook), str(results)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        report = process.communicate(timeout=LIMIT)[0]
+        return process.returncode, report
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # pytest then stops its kernel and says which cell it was at
+        try:
+            report = process.communicate(timeout=10)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            report = process.communicate()[0]
+        return "timeout", f"{report}\nstopped after {LIMIT} s"
+
+
+def grades(notebook, tmp_path, record_property):
+    """[(shown by the graded cell, points it is worth)]; fails if nbval does, or if a graded cell writes to stderr."""
+    results = tmp_path / "points.json"
+    start = time.perf_counter()
+    status, report = nbval(notebook, results)
+    record_property("seconds", round(time.perf_counter() - start, 1))
+    assert status == 0, f"{notebook.name} under nbval: {status}\n{report[-6000:]}"
+    graded = json.loads(results.read_text())
+    assert set(graded) == {exercise.name.replace("/", "-") for exercise in registered(notebook.name[:2])}
+    assert [name for name, cell in graded.items() if cell["stderr"]] == [], "stderr earns no points"
+    return {name: (cell["shown"], cell["points"]) for name, cell in graded.items()}
+
+
+# Two classes, so that under --dist loadscope the two editions run side by side.
+class TestStudentsEdition:
+    @pytest.mark.parametrize("notebook", chapters("notebooks"), ids=lambda path: path.stem)
+    def test_runs_unsolved_and_earns_nothing(self, notebook, tmp_path, record_property):
+        found = grades(notebook, tmp_path, record_property)
+        assert found == {name: (["0.0"], points) for name, (_, points) in found.items()}
+
+
+class TestCompleteEdition:
+    @pytest.mark.parametrize("notebook", chapters("solutions"), ids=lambda path: path.stem)
+    def test_earns_every_point(self, notebook, tmp_path, record_property):
+        found = grades(notebook, tmp_path, record_property)
+        assert found == {name: ([str(float(points))], points) for name, (_, points) in found.items()}
+
+
+def main(notebook, results):
+    options = ["--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={LIMIT}", "-x", "-p", "no:cacheprovider"]
+    options += ["--rootdir", str(ROOT), "-o", "addopts=", "-p", "no:xdist", "--color=no", "--tb=short"]
+    return pytest.main([*options, notebook], plugins=[Points(results)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
