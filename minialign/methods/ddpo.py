@@ -36,6 +36,7 @@ class Config:
     group_size: int = 8  # samples per drawn prompt
     num_minibatches: int = 2  # optimizer steps per pass over the round's samples; 1 is plain REINFORCE (DDPO_SF)
     num_epochs: int = 1  # passes over the round's samples; 1 in the paper
+    timestep_fraction: float = 1.0  # share of a trajectory's steps trained on, drawn anew (authors' default: 1)
     steps_per_pass: int = 4  # denoising steps per network call: memory against speed, never the result
     reduction: str = "mean"  # of log-probabilities over the latent's D elements; the paper sums
     clip_range: float | None = None  # on the ratio; None: 1.6 / D, at most 0.2 (authors: 1e-4 at D = 16,384)
@@ -47,6 +48,7 @@ class Config:
     beta: float = 0.0  # weight of KL(policy || reference) per step (DPOK); 0 does not evaluate the reference
     kl: str = "exact"  # "exact": of the two Gaussians; "noise_mse": DPOK's code, which weights late steps too little
     learning_rate: float = 3e-4  # AdamW (paper: 1e-5 for all weights, 3e-4 for LoRA)
+    warmup_updates: int = 0  # over which the learning rate rises; AdamW's first steps are as long on noise as on signal
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0  # l2
 
@@ -105,6 +107,14 @@ def round_advantages(rewards: Tensor, prompts: list[str], statistics: PromptStat
     return advantages.clamp(-config.advantage_clip, config.advantage_clip) if config.scale_advantages else advantages
 
 
+def chosen_steps(num_rows: int, num_steps: int, fraction: float, generator: torch.Generator) -> Tensor:
+    """Which steps of each trajectory to train on, (num_rows, k): all, or a share drawn for each row on its own."""
+    if fraction == 1:
+        return torch.arange(num_steps).expand(num_rows, num_steps)
+    count = max(1, round(fraction * num_steps))
+    return torch.rand(num_rows, num_steps, generator=generator).argsort(1)[:, :count]
+
+
 def step_kl(
     policy, output: Tensor, states: Tensor, step: Tensor, condition, mean: Tensor, std: Tensor, config: Config
 ) -> Tensor:
@@ -118,8 +128,8 @@ def step_kl(
 
 
 def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tensor, clip_range: float, config: Config):
-    """Loss and metrics of the chosen trajectories at the chosen steps: one network call for all rows x steps states."""
-    b, s = torch.cartesian_prod(rows, steps).unbind(-1)
+    """Loss and metrics of trajectories `rows` (n,) at their `steps` (n, k): one network call for all n * k states."""
+    b, s = rows.repeat_interleave(steps.shape[1]), steps.flatten()
     states, step, condition = traj.states[b, s], traj.steps[s], traj.condition[b]
     output = policy.model_output(states, step, condition)
     out = policy.step_from(output, states, step, next=traj.states[b, s + 1], reduction=config.reduction)
@@ -142,6 +152,8 @@ def check(policy, prompts: list[str], config: Config) -> None:
     for name in ("num_iterations", "num_prompts", "group_size", "num_minibatches", "num_epochs", "steps_per_pass"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    if not 0 < config.timestep_fraction <= 1:
+        raise ValueError(f"timestep_fraction is {config.timestep_fraction}; it must lie in (0, 1].")
     batch_size = config.num_prompts * config.group_size
     if config.num_minibatches > batch_size:
         raise ValueError(f"num_minibatches is {config.num_minibatches}, more than the {batch_size} samples of a round.")
@@ -169,6 +181,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         start, policy.network_evaluations = counts["number"], counts["network_evaluations"]
         statistics.load(resume)
     own = own_rows(batch_size, policy.device)
+    updates = start * config.num_epochs * config.num_minibatches
 
     for number in range(start, config.num_iterations):
         lap = timer()
@@ -185,19 +198,23 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
 
         infos, norms = [], []
         for _ in range(config.num_epochs):
-            for minibatch in (
+            minibatches = (
                 torch.randperm(batch_size, generator=generator).to(policy.device).chunk(config.num_minibatches)
-            ):
+            )
+            order = chosen_steps(batch_size, policy.num_steps, config.timestep_fraction, generator).to(policy.device)[
+                own
+            ]
+            for minibatch in minibatches:
                 rows = torch.isin(own, minibatch).nonzero().flatten()
                 share = len(rows) / len(minibatch)  # this process's weight in the mean over the global minibatch
-                for steps in torch.arange(policy.num_steps, device=policy.device).split(config.steps_per_pass):
-                    if len(rows) == 0:
-                        continue
+                for steps in order[rows].split(config.steps_per_pass, dim=1) if len(rows) else ():
                     loss, info = transition_loss(policy, traj, rows, steps, advantages, clip_range, config)
-                    (loss * share * len(steps) / policy.num_steps).backward()
+                    (loss * share * steps.shape[1] / order.shape[1]).backward()
                     infos.append(info)
                 sum_gradients(parameters)
                 norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+                updates += 1
+                optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, updates / max(1, config.warmup_updates))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 

@@ -72,7 +72,7 @@ def test_ratio_is_one_before_the_first_update():
     world = worlds.load("compass", num_steps=5)
     with torch.no_grad():
         traj = world.policy.rollout(world.prompts * 4)
-    rows, steps = torch.arange(8), torch.arange(5)
+    rows, steps = torch.arange(8), torch.arange(5).expand(8, 5)
     _, info = ddpo.transition_loss(world.policy, traj, rows, steps, torch.randn(8), 0.1, SMALL)
     assert float(info["clip_fraction"]) == 0 and float(info["approx_kl"]) < 1e-10
 
@@ -83,9 +83,30 @@ def test_steps_per_pass_never_changes_the_result(steps_per_pass):
     torch.testing.assert_close(trained(SMALL, reward=distance), trained(other, reward=distance), atol=1e-9, rtol=0)
 
 
+def test_warm_up_shortens_the_first_updates_only():
+    once = dataclasses.replace(SMALL, num_iterations=1, num_minibatches=1, weight_decay=0.0)
+    start = trained(dataclasses.replace(once, learning_rate=0.0))
+    full = trained(once, reward=distance) - start
+    tenth = trained(dataclasses.replace(once, warmup_updates=10), reward=distance) - start
+    torch.testing.assert_close(
+        tenth, full / 10, atol=1e-12, rtol=1e-6
+    )  # AdamW's first step is proportional to its rate
+
+
+def test_a_share_of_the_steps_costs_its_share_and_is_drawn_afresh(generator):
+    steps = ddpo.chosen_steps(64, 5, 0.6, generator)
+    assert steps.shape == (64, 3)
+    assert all(len(set(row)) == 3 for row in steps.tolist())
+    assert steps.flatten().bincount(minlength=5).min() > 19  # 38.4 expected, sd 3.9: 5 below
+    world = worlds.load("compass", num_steps=5)
+    config = dataclasses.replace(SMALL, timestep_fraction=0.6, steps_per_pass=2)
+    history = fit(ddpo.train(world.policy, distance, world.prompts, config), progress=False)
+    assert history["network_evaluations"][0] == 16 * 5 + 3 * 16 * 3
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_resuming_gives_the_uninterrupted_run(tmp_path, beta):
-    config, steps = dataclasses.replace(SMALL, beta=beta), []
+    config, steps = dataclasses.replace(SMALL, beta=beta, warmup_updates=5, timestep_fraction=0.6), []
     whole = trained(config, reward=distance, keep=steps)
     save_checkpoint(steps[0][1], tmp_path / "c.safetensors")
     rest = []
@@ -143,6 +164,7 @@ def test_impossible_settings_are_refused():
     for change, message in [
         ({"baseline": "prmpt"}, "baseline is 'prmpt'; expected one of 'prompt'"),
         ({"num_minibatches": 17}, "more than the 16 samples"),
+        ({"timestep_fraction": 0.0}, "timestep_fraction is 0.0; it must lie in"),
         ({"group_size": 0}, "group_size is 0; it must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
