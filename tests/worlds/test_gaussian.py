@@ -222,6 +222,7 @@ def test_exact_denoiser_of_classes():
     torch.testing.assert_close(got[1:2], others.noise_pred(x[1:2], table[301]))
     torch.testing.assert_close(got[2:], mixture.noise_pred(x[2:], table[301]))
     torch.testing.assert_close(network(x, t), mixture.noise_pred(x, table[301]))
+    torch.testing.assert_close(network.class_log_weights.exp().sum(-1), f64(1, 1, 1))
 
 
 def test_residual_mlp_is_the_sheets():
@@ -380,12 +381,11 @@ def test_ring():
     assert mixture.log_prob(samples).mean().item() == pytest.approx(-2.13, abs=0.03)
     counts = torch.bincount(nearest_mode(samples, modes), minlength=8) / len(samples)
     assert (counts - 1 / 8).abs().max() < 4 * math.sqrt(0.11 / len(samples))
-    points = torch.cat([modes, torch.tensor([[2.0, 0.8]])])
-    assert world.rewards["mode_value"](points, prompts[:9]).tolist() == pytest.approx(
-        [*(1 - i / 8 for i in range(8)), 1.0]
-    )
-    assert world.oracle(points, prompts[:9]).tolist() == [1, *[0] * 8]
-    assert world.rewards["first_coordinate"](points, prompts[:9]).tolist() == pytest.approx(points[:, 0].tolist())
+    points = torch.cat([modes, torch.tensor([[2.0, 0.8], [2.0, 0.7]])])  # the oracle reaches to 3 sd = .75
+    values = [*(1 - i / 8 for i in range(8)), 1.0, 1.0]
+    assert world.rewards["mode_value"](points, prompts[:10]).tolist() == pytest.approx(values)
+    assert world.oracle(points, prompts[:10]).tolist() == [1, *[0] * 8, 1]
+    assert world.rewards["first_coordinate"](points, prompts[:10]).tolist() == pytest.approx(points[:, 0].tolist())
 
 
 def test_rings_optimum_over_modes_is_a_table():
@@ -446,6 +446,9 @@ def test_pictures(name):
     assert isinstance(fig, Figure)
     assert len(fig.axes) == len(world.prompts)
     assert all(ax.get_xlabel() and ax.get_title("left") for ax in fig.axes)
+    if name != "line":
+        samples[0] = 1e6  # one sample gone astray must not shrink the picture to a dot
+        assert world.show(samples, prompts).axes[0].get_xlim()[1] < 7
     if name == "compass":
         assert {ax.get_title("left").split(":")[0] for ax in fig.axes} == {"inner", "outer"}
         drawn = sum(

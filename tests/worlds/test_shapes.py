@@ -149,11 +149,23 @@ def test_each_fact_is_lost_with_its_cause():
     reshaped = picture((RED, TRIANGLE, 14, 8, 5), good[1])
     assert false_facts(reshaped, prompt) == ["red circle 1"]
     removed = picture(good[0])
-    assert false_facts(removed, prompt)[-3:] == ["2 objects in all", "above", "above, foremost"]
-    assert false_facts(picture(*good, (RED, SQUARE, 5, 24, 3.5)), prompt) == ["2 objects in all"]
+    assert false_facts(removed, prompt)[-3:] == ["2 in all", "above", "above, foremost"]
+    assert false_facts(picture(*good, (RED, SQUARE, 5, 24, 3.5)), prompt) == ["2 in all"]
     beside = picture((RED, CIRCLE, 7, 14, 5), (BLUE, SQUARE, 24, 17, 5))  # higher, but more beside than above
     assert false_facts(beside, prompt) == ["above, foremost"]
     assert false_facts(picture((RED, CIRCLE, 17, 23, 5), (BLUE, SQUARE, 14, 8, 5)), prompt) == ["above"]
+
+
+def test_a_relation_is_read_from_the_right_shape_where_there_is_one():
+    image = picture((RED, TRIANGLE, 24, 7, 4), (RED, CIRCLE, 14, 25, 4.5), (BLUE, SQUARE, 10, 13, 4.5))
+    assert false_facts(image, "a red circle below a blue square") == ["2 in all"]
+
+
+def test_oracle_has_a_margin(monkeypatch, generator):
+    # the worst overlap seen in 3,000 drawn scenes is 0.944; without the soft edges it would be lower
+    monkeypatch.setattr(shapes, "MIN_OVERLAP", 0.93)
+    prompts = spread("count", 96)
+    assert shapes.oracle(shapes.render_scenes(prompts, generator), prompts).tolist() == [1.0] * 96
 
 
 def test_a_count_is_praised_object_by_object():
@@ -161,7 +173,7 @@ def test_a_count_is_praised_object_by_object():
     assert shapes.oracle(two, ["two red circles"]).item() == 1
     # of "three red circles": three of colour, three of shape, one of number; two, two and none hold
     assert shapes.graded(two, ["three red circles"]).item() == pytest.approx(4 / 7)
-    assert false_facts(two, "a red circle") == ["1 objects in all"]
+    assert false_facts(two, "a red circle") == ["1 in all"]
 
 
 def test_blobs_rings_and_foreign_colours_are_no_shapes():
@@ -181,7 +193,7 @@ def test_blobs_rings_and_foreign_colours_are_no_shapes():
     beside = torch.where(
         columns > 25, torch.tensor([0.5, 0.2, 0.6]).view(1, 3, 1, 1), picture((RED, CIRCLE, 10, 16, 6))
     )
-    assert false_facts(beside, "a red circle") == ["1 objects in all"]
+    assert false_facts(beside, "a red circle") == ["1 in all"]
 
 
 def test_an_empty_picture_and_noise_have_no_right_object(generator):
@@ -300,6 +312,7 @@ def test_the_recipe_writes_a_loadable_folder(tmp_path):
     short = replace(
         pretrain_shapes.Recipe(),
         num_scenes=60, autoencoder_steps=2, denoiser_steps=2, scorer_steps=2, num_samples=12, num_exact=20,
+        samplers=((2, 1.0, 1.0),),
         autoencoder_batch=4, denoiser_batch=4, scorer_batch=4,
     )  # fmt: skip
     (tmp_path / "out").mkdir()

@@ -1,0 +1,218 @@
+"""`digits`: the 1,797 real handwritten digits, 8x8 grey pixels, that scikit-learn ships; the prompts are their names.
+
+    load()                  base model: a class-conditional diffusers UNet2DModel trained on them (shipped, 0.4 M)
+    load(model="mixture")   base model: an exact ten-component Gaussian mixture, so densities and tilts are closed forms
+    oracle                  1 where a support vector machine, which never saw the model, reads the digit of the prompt
+    ink, symmetric, ...     rewards that can be seen; ink alone is easily hacked, bold and thin pay only if legible
+
+Latents are pixels mapped to [-1, 1]; samples are images (batch, 1, 8, 8) in [0, 1]. 1,437 digits are for fitting
+(model, mixture, classifier alike), 360 are held out for checks. Data: Alpaydin and Kaynak (1998), UCI ML repository.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from minialign import show as pictures
+from minialign.policies.diffusion import DiffusionPolicy
+from minialign.worlds.base import WEIGHTS, World, missing_weights
+from minialign.worlds.gaussian import ExactDenoiser, GaussianMixture, ResidualMLP, scheduler
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NULL_CLASS = 10  # the label that means "any digit": what guidance contrasts with
+NUM_HELD_OUT = 360
+RIDGE = 0.01  # added to each covariance: many border pixels never vary; in squared latent units, std 0.1
+SPLITS = ("all", "train", "held_out")
+
+
+# Data ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def data(split: str = "all") -> tuple[Float32[Tensor, "n 1 8 8"], Int[Tensor, "n"]]:
+    """Images in [0, 1] and labels 0..9, in a fixed shuffled order; `split` is "all", "train" or "held_out"."""
+    from sklearn.datasets import load_digits
+
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}. There are: {', '.join(SPLITS)}.")
+    bunch = load_digits()
+    order = np.random.RandomState(0).permutation(len(bunch.target))  # the file is ordered by writer
+    rows = {"all": order, "train": order[NUM_HELD_OUT:], "held_out": order[:NUM_HELD_OUT]}[split]
+    images = torch.tensor(bunch.images[rows] / 16, dtype=torch.float32).unsqueeze(1)  # 17 levels of grey, 0 to 16
+    return images, torch.tensor(bunch.target[rows])
+
+
+def real(n: int, generator: torch.Generator | None = None, split: str = "all") -> tuple[Tensor, list[str]]:
+    """n real digits (n, 1, 8, 8) in [0, 1], drawn without replacement as far as they go, and their names."""
+    images, labels = data(split)
+    rounds = [torch.randperm(len(images), generator=generator) for _ in range(-(-n // len(images)))]
+    rows = torch.cat(rounds)[:n] if rounds else torch.arange(0)
+    return images[rows], [NAMES[label] for label in labels[rows].tolist()]
+
+
+def encode(images: Float[Tensor, "b 1 8 8"]) -> Float[Tensor, "b 1 8 8"]:
+    """Pixels in [0, 1] to latents in [-1, 1]."""
+    return 2 * images - 1
+
+
+def decode(latents: Float[Tensor, "b 1 8 8"]) -> Float[Tensor, "b 1 8 8"]:
+    """Latents to pixels in [0, 1], clipped. No gradient flows to a clipped pixel."""
+    return ((latents + 1) / 2).clamp(0, 1)
+
+
+# Rewards ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def classifier():
+    """scikit-learn's support vector machine on the training digits; fitting takes a tenth of a second."""
+    from sklearn.svm import SVC
+
+    images, labels = data("train")
+    return SVC(gamma=0.5 / 8, C=10.0).fit(images.flatten(1).numpy(), labels.numpy())
+
+
+def labels_of(prompts: Sequence[str]) -> Int[Tensor, "b"]:
+    """The number that each prompt names. Raises ValueError for a word that is none."""
+    unknown = [prompt for prompt in prompts if prompt not in NAMES]
+    if unknown:
+        raise ValueError(f"unknown prompt {unknown[0]!r}. There are: {', '.join(NAMES)}.")
+    return torch.tensor([NAMES.index(prompt) for prompt in prompts], dtype=torch.long)
+
+
+def oracle(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float32[Tensor, "b"]:
+    """1 where the classifier reads the digit that the prompt names, else 0. No gradient."""
+    wanted = labels_of(prompts)
+    if len(wanted) == 0:
+        return torch.zeros(0, device=samples.device)
+    read = classifier().predict(samples.detach().float().cpu().flatten(1).numpy())
+    return (torch.from_numpy(read) == wanted).float().to(samples.device)
+
+
+def ink(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float[Tensor, "b"]:
+    """Mean brightness, 0 to 1 (real digits: 0.31). Its optimum is a white square: a reward to be hacked."""
+    return samples.flatten(1).mean(1)
+
+
+def symmetric(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float[Tensor, "b"]:
+    """Left-right symmetry, 1 - mean |x - mirrored x| / mean (x + mirrored x), 0 to 1; an empty picture counts as 1."""
+    mirrored = samples.flip(-1)
+    difference, total = (samples - mirrored).abs().flatten(1).sum(1), (samples + mirrored).flatten(1).sum(1)
+    return 1 - difference / total.clamp_min(1e-6)
+
+
+def bold(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float[Tensor, "b"]:
+    """Ink, paid only where the oracle can still read the digit."""
+    return oracle(samples, prompts) * ink(samples, prompts)
+
+
+def thin(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float[Tensor, "b"]:
+    """1 - ink, paid only where the oracle can still read the digit."""
+    return oracle(samples, prompts) * (1 - ink(samples, prompts))
+
+
+def likeness(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float[Tensor, "b"]:
+    """log p(the prompt's digit | sample), nats, under the exact mixture: smooth, differentiable, at most 0."""
+    wanted = labels_of(prompts).to(samples.device)
+    digits = mixture().to(samples.device)
+    joint = torch.stack([digits.log_prob(encode(samples), log_weights=row) for row in _one_digit(digits)], 1)
+    return joint.log_softmax(1).gather(1, wanted.unsqueeze(1)).squeeze(1)
+
+
+REWARDS = {"oracle": oracle, "ink": ink, "bold": bold, "thin": thin, "symmetric": symmetric, "likeness": likeness}
+
+
+# Base models --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mixture() -> GaussianMixture:
+    """Ten Gaussians with full covariances in the 64-dimensional latent space, one a digit, of the training split.
+
+    Maximum likelihood plus RIDGE on the diagonal; weights are the digits' frequencies. float64.
+    """
+    images, labels = data("train")
+    latents = encode(images).flatten(1).double()
+    groups = [latents[labels == digit] for digit in range(len(NAMES))]
+    covariances = torch.stack([group.T.cov(correction=0) for group in groups]) + RIDGE * torch.eye(
+        64, dtype=torch.float64
+    )
+    weights = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+    return GaussianMixture(torch.stack([group.mean(0) for group in groups]), covariances, weights)
+
+
+def _one_digit(digits: GaussianMixture) -> Float[Tensor, "c 1 c"]:
+    """Log-weights that leave one component, c times; each broadcasts over a batch."""
+    return torch.eye(digits.num_components, device=digits.means.device).log().unsqueeze(1)
+
+
+def _mixture_network(seed: int, width: int) -> ExactDenoiser:
+    digits = mixture()
+    single = GaussianMixture(digits.means.float(), digits.covariances.float(), digits.log_weights.exp().float())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        residual = ResidualMLP(64, len(NAMES), width=width)
+    return ExactDenoiser(single, scheduler().alphas_cumprod, residual, torch.eye(len(NAMES), dtype=torch.bool))
+
+
+def load_unet(folder: Path | None = None):
+    """(UNet2DModel, DDIMScheduler) as shipped, or from `folder`. Raises FileNotFoundError if damaged."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    folder = WEIGHTS / "digits" if folder is None else Path(folder)
+    for part in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
+        if not (folder / part).is_file():
+            raise missing_weights("digits", f"{folder / part} is missing")
+    try:
+        unet = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, low_cpu_mem_usage=False)
+        return unet, DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    except Exception as error:  # safetensors, json and diffusers each raise their own
+        raise missing_weights("digits", f"{folder} does not load ({type(error).__name__}: {error})") from error
+
+
+def load(
+    model: str = "unet",
+    *,
+    num_steps: int = 20,
+    eta: float = 1.0,
+    guidance_scale: float = 1.0,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    width: int = 256,
+) -> World:
+    """The world of handwritten digits, on the CPU.
+
+    model "unet": the shipped network, or the one in `folder`. "mixture": the exact class-conditional mixture plus a
+    residual MLP that starts at zero (`seed` and `width` are its); `extras["mixture"]` answers questions in closed form.
+    """
+    settings = {"num_steps": num_steps, "eta": eta, "guidance_scale": guidance_scale}
+    shared = {"class_names": NAMES, "null_class": NULL_CLASS, "latent_shape": (1, 8, 8), "decoder": decode}
+    if model == "unet":
+        unet, schedule = load_unet(None if folder is None else Path(folder))
+        policy = DiffusionPolicy(unet.requires_grad_(False), schedule, **shared, **settings)
+    elif model == "mixture":
+        policy = DiffusionPolicy(_mixture_network(seed, width), scheduler(), **shared, **settings)
+    else:
+        raise ValueError(f"unknown model {model!r} of world 'digits'. There are: mixture, unet.")
+    return World(
+        name="digits",
+        policy=policy,
+        prompts=list(NAMES),
+        rewards=dict(REWARDS),
+        default_reward="bold",
+        oracle=oracle,
+        real=real,
+        show=show,
+        extras={"mixture": mixture(), "labels_of": labels_of, "encode": encode, "data": data},
+    )
+
+
+def show(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str], title: str | None = None):
+    """The samples in a grid, each over its prompt, framed by what the oracle reads. -> Figure"""
+    right = oracle(samples, prompts).bool()
+    return pictures.image_grid(samples, list(prompts), min(10, len(samples)), title, good=right, scale=0.7)
