@@ -29,8 +29,8 @@ WORLDS = {
     "line": dict(num_steps=20),
 }
 RECIPES = {
-    ("ddpo", "shapes"): dict(num_iterations=40, learning_rate=4e-3, warmup_updates=10),
-    ("ddpo", "digits"): dict(num_iterations=30, num_prompts=16, group_size=8, learning_rate=1e-3),
+    ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10),
+    ("ddpo", "digits"): dict(num_iterations=16, learning_rate=1e-3),
     ("ddpo", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, num_minibatches=4, learning_rate=3e-3),
     ("ddpo", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, num_minibatches=4, learning_rate=3e-3),
     ("ddpo", "line"): dict(num_iterations=40, num_prompts=256, group_size=1, num_minibatches=4, learning_rate=3e-3),

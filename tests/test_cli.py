@@ -132,3 +132,48 @@ def test_a_broken_reward_is_named_and_nothing_is_left(body, message, tmp_path, c
     assert run("ddpo", *FAST, "--reward", f"{module}:mine", "--out", "r") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path, monkeypatch):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from minialign.policies.diffusion import DiffusionPolicy
+    from minialign.worlds.base import WEIGHTS
+
+    drawn = []
+    monkeypatch.setattr(cli, "EVALUATION_SAMPLES", 16)
+    monkeypatch.setattr(cli, "KL_SAMPLES", 4)
+    report = cli.report
+
+    def keep(run, world, rows, before, after, *rest):
+        drawn.append((before, after))
+        return report(run, world, rows, before, after, *rest)
+
+    monkeypatch.setattr(cli, "report", keep)
+    small = ["num_prompts=4", "group_size=4", "warmup_updates=0", "learning_rate=0.02"]
+    assert run("ddpo", "--steps", 1, "--quiet", "--out", "r", *(word for s in small for word in ("--set", s))) == 0
+    (before, after) = drawn[0]
+    assert (after["samples"] - before["samples"]).abs().max() > 0.05
+
+    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "shapes", local_files_only=True)
+    pipe.load_lora_weights(tmp_path / "r")
+    policy = DiffusionPolicy.from_pipeline(pipe, num_steps=8, guidance_scale=1.0)
+    noise = policy.draw_noise(16, torch.Generator().manual_seed(10_000))
+    torch.testing.assert_close(policy.sample(after["prompts"], noise), after["samples"], atol=1e-4, rtol=0)
+    # and with no code of ours at all: the pipeline's own call, deterministic sampler
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(["a red circle"], num_inference_steps=8, guidance_scale=1.0, output_type="pt").images
+    assert images.shape == (1, 3, 32, 32)
+
+
+def test_bench_stores_its_rows(tmp_path, capsys):
+    assert cli.main(["bench", "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]) == 0
+    (row,) = json.loads((tmp_path / "bench.json").read_text())
+    assert set(row) == {"method", "world", "device", "step_seconds", "floor_seconds", "ratio"}
+    assert row["step_seconds"] > 0 and row["ratio"] == pytest.approx(row["step_seconds"] / row["floor_seconds"], rel=0.05)
+
+
+def test_pretrain_names_what_it_can_make(capsys):
+    assert cli.main(["pretrain", "shape"]) == 2
+    assert "did you mean 'shapes'?" in capsys.readouterr().err

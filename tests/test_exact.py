@@ -232,6 +232,13 @@ def test_best_of_n_zeros_tiny_atoms_and_batches():
     # An atom too small to move the cumulative sum is still chosen about n times as often when it is the best.
     tiny = torch.cat([torch.tensor([1.0], dtype=torch.float64), f64(1e-20)]).log()
     assert best_of_n(tiny, f64(0, 1), 7).log_prob[1].exp().item() == pytest.approx(7e-20, rel=1e-6)
+    # In the middle, and this small, it does not move log F at all; then P = n F^(n-1) p, here 7 / 2^6 of it.
+    middle = best_of_n(torch.cat([f64(0.5).log(), f64(-800), f64(0.5).log()]), f64(0, 1, 2), 7)
+    assert middle.log_prob[1].item() == pytest.approx(-800 + math.log(7 / 64), abs=1e-9)
+    # n = 60,000 multiplies the rounding of the total probability: in float32, from 1e-7 to nearly 1 %.
+    ref = torch.full((3000,), -math.log(3000))
+    law = best_of_n(ref, torch.arange(3000.0), 60_000).log_prob.double().exp()
+    assert law.sum().item() == pytest.approx(1, abs=1e-3)
     rewards = torch.tensor([[0.1, 0.7, -1.0, 0.3], [1.0, 0.0, 1.0, 2.0]], dtype=torch.float64)
     both = best_of_n(REF.expand(2, 4), rewards, 3)
     for row in range(2):
@@ -315,6 +322,8 @@ def test_tilt_limits_and_refusals():
     out = tilt_gaussian_mixture(means, covariances, log_weights, 0.5, linear)
     torch.testing.assert_close(out.means, means + covariances @ linear / 0.5)  # a flat direction cannot move
     torch.testing.assert_close(out.covariances, covariances)
+    unnormalised = tilt_gaussian_mixture(means, covariances, log_weights + 3, 0.5, linear)
+    torch.testing.assert_close(unnormalised.log_z, out.log_z)
     same = tilt_gaussian_mixture(means, covariances, log_weights, 0.5)
     torch.testing.assert_close(same.log_weights, log_weights)
     assert same.log_z.abs() < 1e-14

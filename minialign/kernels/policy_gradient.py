@@ -10,9 +10,8 @@ from minialign.kernels.gaussian import at_least_float32
 def whiten(x: Float[Tensor, "*batch"], eps: float = 1e-8) -> Float[Tensor, "*batch"]:
     """(x - mean) / (std + eps), over all elements, population std. A constant x gives exact zeros."""
     x = at_least_float32(x)
-    x = (
-        x - x.min()
-    )  # equal rewards then differ by an exact 0, where x - x.mean() leaves rounding noise to divide by eps
+    # Equal rewards then differ by an exact 0, where x - x.mean() leaves rounding noise to be divided by eps.
+    x = x - x.min()
     return (x - x.mean()) / (x.std(correction=0) + eps)
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minialign.kernels import clipped_surrogate, gaussian_kl, group_advantages, whiten
+from minialign.kernels import at_least_float32, clipped_surrogate, gaussian_kl, group_advantages, whiten
 from minialign.loop import Step, gather_rows, own_rows, pack, sum_gradients, sum_over_processes, timer, unpack
 from minialign.rewards import checked
 
@@ -122,7 +122,7 @@ def step_kl(
     with torch.no_grad():
         output_ref = policy.model_output(states, step, condition, reference=True)
     if config.kl == "noise_mse":
-        return (output - output_ref).float().flatten(1).square().mean(1)
+        return at_least_float32(output - output_ref).square().flatten(1).mean(1)
     mean_ref = policy.step_from(output_ref, states, step, reduction=config.reduction).mean
     return gaussian_kl(mean, mean_ref, std, config.reduction)
 

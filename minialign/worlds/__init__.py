@@ -13,7 +13,7 @@ def names() -> list[str]:
 
 
 def load(name: str, **settings) -> World:
-    """The world called `name`, on the CPU. `settings` go to its own `load` (num_steps, eta, guidance_scale, ...)."""
+    """The world called `name`, on the CPU. `settings` go to its own `load` (num_steps, eta, ...)."""
     if name not in _MODULES:
         near = difflib.get_close_matches(name, names(), n=1)
         raise ValueError(

@@ -1,6 +1,7 @@
 """What every world offers, and how a missing weight is reported."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,23 @@ def missing_weights(name: str, problem: str) -> FileNotFoundError:
         f"the shipped weights of world {name!r} cannot be used: {problem}. Restore them with `git checkout -- "
         f"minialign/worlds/weights/{name}`, or remake them with `minialign pretrain {name}`."
     )
+
+
+@contextmanager
+def quietly():
+    """Loads without the libraries' progress bars and their advice on optional packages; errors are still shown."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()

@@ -1,6 +1,6 @@
 """`digits`: the 1,797 real handwritten digits, 8x8 grey pixels, that scikit-learn ships; the prompts are their names.
 
-    load()                  base model: a class-conditional diffusers UNet2DModel trained on them (shipped, 0.4 M)
+    load()                  base model: a class-conditional diffusers UNet2DModel trained on them (shipped, 0.2 M)
     load(model="mixture")   base model: an exact ten-component Gaussian mixture, so densities and tilts are closed forms
     oracle                  1 where a support vector machine, which never saw the model, reads the digit of the prompt
     ink, symmetric, ...     rewards that can be seen; ink alone is easily hacked, bold and thin pay only if legible

@@ -30,7 +30,7 @@ from torch import Tensor
 from minialign import show as pictures
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.rewards import clip_scorer
-from minialign.worlds.base import WEIGHTS, World, missing_weights
+from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly
 
 SIZE = 32  # pixels a side
 PAPER = (0.965, 0.945, 0.910)  # warm off-white
@@ -455,11 +455,12 @@ def check_weights(folder: Path) -> None:
 
 def load_pipeline(folder: str | Path | None = None):
     """The base model as a diffusers StableDiffusionPipeline, on the CPU."""
-    from diffusers import StableDiffusionPipeline
-
     folder = WEIGHTS / "shapes" if folder is None else Path(folder)
     check_weights(folder)
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    with quietly():
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -472,8 +473,9 @@ def load_scorer(folder: str | Path | None = None) -> Callable[[Tensor, Sequence[
     from transformers import AutoTokenizer, CLIPModel
 
     folder = (WEIGHTS / "shapes" if folder is None else Path(folder)) / "scorer"
-    model = CLIPModel.from_pretrained(folder, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with quietly():
+        model = CLIPModel.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return clip_scorer(model, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 

@@ -312,6 +312,8 @@ def test_nan_is_close_to_nothing_and_inf_only_to_itself():
     assert not unlike(torch.tensor([1.0]), torch.tensor([1.00009]))
     assert unlike(torch.tensor([1.0]), torch.tensor([1.0003]))
     assert unlike(torch.tensor([1.0]).double(), torch.tensor([1.00009]).double())
+    assert not unlike(torch.tensor([1.05]), torch.tensor([1.0]), tolerance=0.1)
+    assert unlike(torch.tensor([1.00001]), torch.tensor([1.0]), tolerance=0.0)
 
 
 def test_nan_inputs_left_alone_are_not_mutated():

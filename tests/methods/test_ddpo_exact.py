@@ -71,7 +71,8 @@ def test_monte_carlo_policy_gradient():
         loss, info = clipped_surrogate(out.log_prob, traj.log_probs[b, s], advantages[b], 1e9)
         theta = policy.network.residual.theta
         (gradient,) = torch.autograd.grad(loss * policy.num_steps, theta)  # mean over samples, sum over steps
-        loss = ddpo.transition_loss(policy, traj, torch.arange(400), torch.arange(5), advantages, 1e9, config)[0]
+        rows, steps = torch.arange(400), torch.arange(5).expand(400, 5)
+        loss = ddpo.transition_loss(policy, traj, rows, steps, advantages, 1e9, config)[0]
         torch.testing.assert_close(torch.autograd.grad(loss * policy.num_steps, theta)[0], gradient)
         assert info["clip_fraction"] == 0
         estimates.append(-gradient)
