@@ -51,6 +51,8 @@ def style() -> AbstractContextManager:
             "legend.frameon": False,
             "figure.facecolor": "white",
             "savefig.facecolor": "white",
+            "figure.constrained_layout.h_pad": 0.12,  # inches, or titles touch the edge
+            "figure.constrained_layout.w_pad": 0.08,
             "axes.facecolor": "white",
             "axes.edgecolor": QUIET,
             "axes.labelcolor": INK,

@@ -172,23 +172,24 @@ def test_the_base_model_draws_the_digits_it_is_asked_for(samples):
     assert samples.shape == (500, 1, 8, 8)
     assert 0 <= samples.min() < samples.max() <= 1
     right = digits.oracle(samples, EVEN)
-    assert right.mean() >= 0.88
-    assert right.view(50, 10).mean(0).min() >= 0.7  # no digit is left out
+    assert right.mean() >= 0.97  # measured: 0.998 of these, 0.995 of 2,000
+    assert right.view(50, 10).mean(0).min() >= 0.9  # no digit is left out
 
 
-def test_few_steps_are_enough_and_guidance_helps():
+def test_few_steps_are_enough_with_and_without_guidance():
+    few = EVEN[:200]
     quick = worlds.load("digits", num_steps=10)
-    assert quick.oracle(quick.policy.sample(EVEN, generator=rng(1)), EVEN).mean() >= 0.85
+    assert quick.oracle(quick.policy.sample(few, generator=rng(1)), few).mean() >= 0.97
     guided = worlds.load("digits", num_steps=10, guidance_scale=2.0)
-    assert guided.oracle(guided.policy.sample(EVEN, generator=rng(1)), EVEN).mean() >= 0.93
+    assert guided.oracle(guided.policy.sample(few, generator=rng(1)), few).mean() >= 0.97
 
 
 def test_samples_look_like_real_digits_to_the_frechet_distance(samples):
     real = digits.data("all")[0].flatten(1)
     blurred = torch.nn.functional.avg_pool2d(samples, 3, 1, 1).flatten(1)
     distance = frechet_distance(samples.flatten(1), real)
-    assert distance < 0.6  # two halves of the real digits: 0.13; a one-pixel blur of these samples: above 2
-    assert frechet_distance(blurred, real) > 3 * distance
+    assert distance < 0.25  # measured: 0.12; 500 real digits: 0.05; the exact mixture (2,000): 0.11
+    assert frechet_distance(blurred, real) > 2  # so the measure sees a one-pixel blur
 
 
 def test_samples_are_no_copies_of_the_training_digits(samples):
@@ -196,7 +197,7 @@ def test_samples_are_no_copies_of_the_training_digits(samples):
     held_out = digits.data("held_out")[0].flatten(1)
     nearest = torch.cdist(samples.flatten(1), train).amin(1).median()
     nearest_real = torch.cdist(held_out, train).amin(1).median()
-    assert nearest > 0.7 * nearest_real
+    assert nearest > 0.8 * nearest_real  # measured: 0.91; copies would give 0
 
 
 def test_the_network_is_small_and_its_world_complete(world):

@@ -1,0 +1,222 @@
+"""Exercises of chapter 00: a reward, a standard error, and the best of n."""
+
+import torch
+
+from minialign.course.check import Exercise, Quiz
+
+# ---- a reward of one's own -------------------------------------------------------------------------------------------
+
+
+def redness(images, prompts):
+    """How red each picture is, (batch,): the red channel minus the mean of the other two, averaged over its pixels."""
+    red, green, blue = images.unbind(1)
+    return (red - (green + blue) / 2).mean((-2, -1))
+
+
+def _pictures(g, dtype=torch.float32):
+    return dict(images=torch.rand(5, 3, 7, 2, generator=g, dtype=dtype), prompts=["a red circle"] * 5)
+
+
+_RED_THEN_PAPER = torch.stack([torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.75, 0.75, 0.5])]).reshape(2, 3, 1, 1)
+
+REDNESS = Exercise(
+    "00/redness",
+    points=2,
+    reference=redness,
+    cases=[
+        dict(images=_RED_THEN_PAPER, prompts=["a red circle", "a blue square"]),
+        dict(images=_RED_THEN_PAPER[:1].expand(1, 3, 3, 2), prompts=["a red circle"]),
+        _pictures,
+        lambda g: _pictures(g, torch.float64),
+    ],
+    mistakes={
+        "one number for the whole batch: then no picture is better than another, and nothing can be learned.": (
+            lambda images, prompts: redness(images, prompts).mean()
+        ),
+        "shape (batch, 1), as from keepdim=True; a reward is a plain list of numbers, (batch,).": (
+            lambda images, prompts: redness(images, prompts).unsqueeze(-1)
+        ),
+        "the red channel alone calls white paper very red: white is red, green and blue in equal parts.": (
+            lambda images, prompts: images[:, 0].mean((1, 2))
+        ),
+        "the other two channels are averaged, not added: a grey picture has redness 0.": (
+            lambda images, prompts: (images[:, 0] - images[:, 1] - images[:, 2]).mean((1, 2))
+        ),
+        "summed over the pixels, not averaged: a larger picture would count as redder.": (
+            lambda images, prompts: (images[:, 0] - (images[:, 1] + images[:, 2]) / 2).sum((1, 2))
+        ),
+        "the channels are in the order red, green, blue; you took the last one for red.": (
+            lambda images, prompts: redness(images.flip(1), prompts)
+        ),
+        "the sign: red counts for the picture, green and blue against it.": (
+            lambda images, prompts: -redness(images, prompts)
+        ),
+    },
+    grad_wrt=("images",),
+)
+
+# ---- how sure one is of a mean ---------------------------------------------------------------------------------------
+
+
+def standard_error(values):
+    """Standard error of the mean of independent values (n,), a scalar: their std (n - 1) over the root of n."""
+    return values.std() / len(values) ** 0.5
+
+
+STANDARD_ERROR = Exercise(
+    "00/standard_error",
+    points=2,
+    reference=standard_error,
+    cases=[
+        dict(values=torch.tensor([1.0, 0.0])),
+        dict(values=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])),
+        dict(values=torch.full((5,), 0.5)),
+        lambda g: dict(values=3 + 2 * torch.randn(11, generator=g)),
+        lambda g: dict(values=torch.randn(7, generator=g, dtype=torch.float64)),
+    ],
+    mistakes={
+        "this is the spread of single values; that of their mean shrinks as n grows.": lambda values: values.std(),
+        "divided by n; errors partly cancel, and the mean's shrinks with the root of n only.": lambda values: (
+            values.std() / len(values)
+        ),
+        "this is the variance of the mean; its unit is that of the values, squared.": lambda values: (
+            values.var() / len(values)
+        ),
+        "the std over n underestimates the spread; use the one over n - 1, torch's default.": lambda values: (
+            values.std(correction=0) / len(values) ** 0.5
+        ),
+        "divided by the root of n - 1; the n - 1 is inside the std already.": lambda values: (
+            values.std() / (len(values) - 1) ** 0.5
+        ),
+        "sqrt(p (1 - p) / n) holds for values that are 0 or 1, and only nearly: take the std of the values.": (
+            lambda values: (values.mean() * (1 - values.mean())).clamp(min=0).sqrt() / len(values) ** 0.5
+        ),
+    },
+)
+
+# ---- the best of n ---------------------------------------------------------------------------------------------------
+
+
+def best_of_n(samples, scores, n):
+    """Of every n consecutive samples (g * n, *dims) the one with the highest of scores (g * n,) -> (g, *dims)."""
+    best = scores.view(-1, n).argmax(1)
+    return samples[best + torch.arange(len(best)) * n]
+
+
+def _numbered(count, dims=(3, 2)):
+    """Samples that can be told apart: number i is filled with i."""
+    return torch.arange(float(count)).view(-1, *(1 for _ in dims)).expand(count, *dims).clone()
+
+
+def _shuffled(groups, n, dims):
+    def case(g):
+        return dict(
+            samples=torch.randn(groups * n, *dims, generator=g), scores=torch.rand(groups * n, generator=g), n=n
+        )
+
+    return case
+
+
+def _by(scores_of):
+    """The right selection, by other scores."""
+    return lambda samples, scores, n: best_of_n(samples, scores_of(scores), n)
+
+
+BEST_OF_N = Exercise(
+    "00/best_of_n",
+    points=3,
+    reference=best_of_n,
+    cases=[
+        dict(samples=_numbered(2, (1,)), scores=torch.tensor([0.25, 0.75]), n=2),
+        dict(samples=_numbered(6), scores=torch.tensor([0.5, 0.25, 1.0, 0.0, 0.75, 0.125]), n=3),
+        dict(samples=_numbered(6), scores=torch.tensor([0.9, 0.8, 0.1, 0.2, 0.7, 0.6]), n=2),
+        dict(samples=_numbered(3), scores=torch.tensor([0.5, 0.25, 1.0]), n=1),
+        _shuffled(5, 3, (3, 2, 2)),
+        _shuffled(2, 7, (2,)),
+    ],
+    mistakes={
+        "argmax counts within its group, from 0 to n - 1; the third group starts at sample 2 n.": (
+            lambda samples, scores, n: samples[scores.view(-1, n).argmax(1)]
+        ),
+        "these are the worst of each group: argmin for argmax.": _by(lambda scores: -scores),
+        "the best of the whole batch; each group should send one.": lambda samples, scores, n: samples[
+            scores.topk(len(scores) // n).indices
+        ],
+        "a group is n consecutive samples; .view(n, -1) puts every g-th sample into one.": (
+            lambda samples, scores, n: samples[
+                scores.view(n, -1).argmax(0) * (len(scores) // n) + torch.arange(len(scores) // n)
+            ]
+        ),
+        "the first of each group, whatever its score.": _by(lambda scores: torch.zeros_like(scores)),
+        "these are the highest scores; the samples that have them are wanted.": lambda samples, scores, n: (
+            scores.view(-1, n).max(1).values
+        ),
+    },
+)
+
+QUESTIONS = [
+    Quiz(
+        "00/q1",
+        points=1,
+        answer="b",
+        why={
+            "a": "Tempting, because networks are trained by gradients. But our oracle counts connected pixels, which "
+            "has no gradient, and the training went well.",
+            "b": "Yes. It compares the numbers of its own samples and makes the better ones likelier.",
+            "c": "Tempting, because that is how the base model came about. But in this training no example was shown "
+            "to the model; it saw its own pictures and their scores.",
+        },
+    ),
+    Quiz(
+        "00/q2",
+        points=1,
+        answer="c",
+        why={
+            "a": "Tempting, because the number went up. But two such numbers differ by about as much when nothing "
+            "has changed at all: work out the standard error of the difference.",
+            "b": "Tempting, because the error bars overlap. But not being sure of a difference is not the same as "
+            "being sure that there is none.",
+            "c": "Yes. The errors of the two add as squares: sqrt(0.05^2 + 0.05^2) is 0.07, more than the difference.",
+        },
+    ),
+    Quiz(
+        "00/q3",
+        points=1,
+        answer="a",
+        why={
+            "a": "Yes. Broadcasting is silent: each score meets each sample, the averages cancel, and the run looks "
+            "alive while it learns nothing. Chapter 10 has you find that bug.",
+            "b": "Tempting, because every axis is kept somewhere. But an axis of size 1 costs nothing: it is the "
+            "same 64 numbers.",
+            "c": "Tempting, because a reward may well stop the gradient. But an axis of size 1 does not, and most "
+            "methods ask for no gradient of the reward.",
+        },
+    ),
+    Quiz(
+        "00/q4",
+        points=1,
+        answer="c",
+        why={
+            "a": "Tempting, because a scorer that is right more often than not should be right more and more often. "
+            "But selection looks only at the very top of its ranking, and there its errors are what is selected.",
+            "b": "Tempting, because over-optimisation is known for its falling curves. But with a good scorer the "
+            "oracle keeps rising; it depends on how far the two agree at the top.",
+            "c": "Yes. The score must rise, for it is what is selected. What comes with it depends on how far the two "
+            "agree among the highest scores.",
+        },
+    ),
+    Quiz(
+        "00/q5",
+        points=1,
+        answer="b",
+        why={
+            "a": "Tempting, because another network means other densities. But the method file asks the policy for "
+            "them, and the policy asks the pipeline's own modules.",
+            "b": "Yes: only you know what you want. The policy wraps the pipeline; the method takes both as they are.",
+            "c": "Tempting, because here an exact oracle was at hand. But training never used anything but the reward; "
+            "an oracle is for checking, and few real problems have one.",
+        },
+    ),
+]
+
+exercises = [REDNESS, STANDARD_ERROR, BEST_OF_N, *QUESTIONS]
