@@ -110,6 +110,24 @@ def _denoised_with(change):
     return mistake
 
 
+LINED_UP = "an entry a sample, (b,), met (b, *dims) without expand_as: PyTorch lined it up with the last axis"
+
+
+def _denoised_unexpanded(model_output, state, alpha_bar, prediction_type):
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "epsilon":
+        return (state - noise * model_output) / signal
+    return signal * state - noise * model_output if prediction_type == "v_prediction" else model_output
+
+
+def _mean_unexpanded(denoised, noise_pred, alpha_bar_next, std):
+    return alpha_bar_next.sqrt() * denoised + (1 - alpha_bar_next - std**2).clamp_min(0).sqrt() * noise_pred
+
+
+def _density_unexpanded(x, mean, std, reduction):
+    return _reduced(-0.5 * ((x - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi), reduction)
+
+
 def _always_epsilon(model_output, state, alpha_bar, prediction_type):
     return predict_denoised(model_output, state, alpha_bar, "epsilon")
 
@@ -188,9 +206,10 @@ exercises = [
             _prediction("epsilon"),
             _prediction("v_prediction"),
             _prediction("sample"),
-            _prediction("epsilon", (3,), F64),
+            _prediction("epsilon", (3,), F64),  # a square: silent if alpha_bar lines up with the wrong axis
         ],
         mistakes={
+            LINED_UP: _denoised_unexpanded,
             "all three prediction types are treated as noise predictions": _always_epsilon,
             "solve x_t = signal * x_0 + noise_level * eps for x_0: one sign is wrong": _denoised_with(
                 lambda e, x, s, n: (x + n * e) / s
@@ -257,6 +276,7 @@ exercises = [
             _mean((7,), F64),
         ],
         mistakes={
+            LINED_UP: _mean_unexpanded,
             "denoised and noise_pred have changed places": lambda denoised, noise_pred, alpha_bar_next, std: ddim_mean(
                 noise_pred, denoised, alpha_bar_next, std
             ),
@@ -291,6 +311,10 @@ exercises = [
             _density("mean", (7,), F64),
         ],
         mistakes={
+            LINED_UP: _density_unexpanded,
+            "only the quadratic term is there: what makes the density integrate to 1 is missing": _density_with(
+                lambda q, s, c: q
+            ),
             "reduction is ignored: the mean over elements is asked for in some cases": lambda x, mean, std, reduction: (
                 gaussian_log_prob(x, mean, std, "sum")
             ),

@@ -67,19 +67,16 @@ class PromptStatistics:
     def update(self, prompts: list[str], rewards: Tensor, scale: bool = True) -> Tensor:
         """rewards (batch,) in, advantages (batch,) out. A prompt whose rewards are all equal gets exact zeros."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self.buffers.setdefault(prompt, deque(maxlen=next(iter(self.buffers.values())).maxlen)).append(reward)
-        batch = rewards.double()
+            self.buffers[prompt].append(reward)
+        batch = rewards.cpu().double()
         moments = {}
         for prompt in set(prompts):
             held = self.buffers[prompt]
-            values = torch.tensor(held, dtype=torch.float64) if len(held) >= self.min_count else batch.cpu()
-            constant = bool(
-                (values == values[0]).all()
-            )  # rounding would leave 1e-17 / 1e-6, and the next line a mean off by it
-            moments[prompt] = (float(values[0]) if constant else float(values.mean()), float(values.std(correction=0)))
+            values = torch.tensor(held, dtype=torch.float64) if len(held) >= self.min_count else batch
+            shifted = values - values[0]  # equal rewards are then exact zeros; rounding would survive the division
+            moments[prompt] = (float(values[0] + shifted.mean()), float(shifted.std(correction=0)))
         mean, std = batch.new_tensor([moments[prompt] for prompt in prompts]).unbind(-1)
-        advantages = (batch - mean) / (std + 1e-6) if scale else batch - mean
-        return advantages.to(rewards.dtype)
+        return ((batch - mean) / (std + 1e-6) if scale else batch - mean).to(rewards)
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"buffer.{i}": torch.tensor(list(held)) for i, held in enumerate(self.buffers.values())}
@@ -185,10 +182,8 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
 
     for number in range(start, config.num_iterations):
         lap = timer()
-        drawn = torch.randint(len(prompts), (config.num_prompts,), generator=generator).repeat_interleave(
-            config.group_size
-        )
-        batch = [prompts[i] for i in drawn.tolist()]
+        drawn = torch.randint(len(prompts), (config.num_prompts,), generator=generator)
+        batch = [prompts[i] for i in drawn.tolist() for _ in range(config.group_size)]
         with torch.no_grad():
             noise = policy.draw_noise(batch_size, generator)[own]
             own_prompts = [batch[i] for i in own.tolist()]
@@ -198,13 +193,10 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
 
         infos, norms = [], []
         for _ in range(config.num_epochs):
-            minibatches = (
-                torch.randperm(batch_size, generator=generator).to(policy.device).chunk(config.num_minibatches)
-            )
-            order = chosen_steps(batch_size, policy.num_steps, config.timestep_fraction, generator).to(policy.device)[
-                own
-            ]
-            for minibatch in minibatches:
+            shuffled = torch.randperm(batch_size, generator=generator).to(policy.device)
+            order = chosen_steps(batch_size, policy.num_steps, config.timestep_fraction, generator)
+            order = order.to(policy.device)[own]
+            for minibatch in shuffled.tensor_split(config.num_minibatches):
                 rows = torch.isin(own, minibatch).nonzero().flatten()
                 share = len(rows) / len(minibatch)  # this process's weight in the mean over the global minibatch
                 for steps in order[rows].split(config.steps_per_pass, dim=1) if len(rows) else ():
