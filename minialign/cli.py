@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parent.parent
 # What each world needs to be trained in a minute or two on two cores: the sampler, the adapter, the method's settings.
 # Everything else is the method's own default; every field can be overridden with --set.
 WORLDS = {
-    "shapes": dict(num_steps=8, lora_rank=16),
+    "shapes": dict(num_steps=6, lora_rank=16),
     "digits": dict(num_steps=10, lora_rank=16),
     "compass": dict(num_steps=20),
     "ring": dict(num_steps=20),
@@ -39,6 +39,13 @@ RECIPES = {
 }
 EVALUATION_SAMPLES = 512
 KL_SAMPLES = 64
+LABELS = {
+    "reward": "reward",
+    "oracle": "oracle accuracy",
+    "oracle_held_out": "oracle, held-out prompts",
+    "diversity": "diversity",
+    "kl": "KL to base (nats a path)",
+}
 
 
 class UserError(Exception):
@@ -143,6 +150,11 @@ def evaluate(world, reward, seed: int) -> dict:
             "diversity": float(measure.diversity(samples, prompts, reduction="mean")),
             "kl": float(measure.kl_to_base(policy, traj)),
         }
+        held_out = world.extras.get("held_out", [])
+        if held_out:  # prompts that training never sees
+            prompts = [held_out[i % len(held_out)] for i in range(EVALUATION_SAMPLES)]
+            samples = policy.sample(prompts, policy.draw_noise(len(prompts), generator))
+            result["oracle_held_out"] = float(checked(world.oracle, samples, prompts).mean())
     result["oracle"] = float(result["oracle_scores"].mean())
     policy.network_evaluations = spent
     return result
@@ -259,7 +271,7 @@ def report(run: dict, world, rows: list[dict], before: dict, after: dict, second
     folder = run["folder"]
     gain = paired_difference(after["oracle_scores"], before["oracle_scores"])
     costs = {k: int(rows[-1][k]) if rows else 0 for k in ("network_evaluations", "reward_queries")}
-    numbers = ("reward", "oracle", "diversity", "kl")
+    numbers = [name for name in LABELS if name in before]
     summary = {k: run[k] for k in ("method", "world", "seed", "reward", "world_settings", "config")} | {
         "before": {k: before[k] for k in numbers},
         "after": {k: after[k] for k in numbers},
@@ -295,15 +307,10 @@ def curves_figure(rows: list[dict], baseline: float):
 
 def print_table(summary: dict, folder: Path) -> None:
     print(f"\n{summary['method']} on {summary['world']}, seed {summary['seed']}, reward {summary['reward']!r}")
-    print(f"{'':24}{'before':>10}{'after':>10}{'change':>10}")
-    for name, label in (
-        ("reward", "reward"),
-        ("oracle", "oracle accuracy"),
-        ("diversity", "diversity"),
-        ("kl", "KL to base (nats)"),
-    ):
+    print(f"{'':28}{'before':>10}{'after':>10}{'change':>10}")
+    for name in summary["before"]:
         old, new = summary["before"][name], summary["after"][name]
-        print(f"{label:24}{old:10.3f}{new:10.3f}{new - old:+10.3f}")
+        print(f"{LABELS[name]:28}{old:10.3f}{new:10.3f}{new - old:+10.3f}")
     gain = summary["oracle_gain"]
     print(
         f"oracle gain {gain['mean']:+.3f} +- {gain['standard_error']:.3f} "

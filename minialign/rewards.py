@@ -202,7 +202,7 @@ def clip_scorer(
     """Cosine similarity, in [-1, 1], of image and prompt under a transformers CLIPModel; differentiable in the images.
 
     Preparation is that of CLIPImageProcessor, in torch so that gradients pass: shorter edge to the model's image size
-    (bicubic, antialiased), centre crop, then (x - mean) / std; grey images are repeated over the channels. `mean` and
+    (bicubic, antialiased), centre crop, then (x - mean) / std; grey images become three equal channels. `mean` and
     `std` are the processor's `image_mean` and `image_std`. The model is put in eval mode and frozen, in place.
     """
     model.eval().requires_grad_(False)
@@ -210,8 +210,7 @@ def clip_scorer(
     mean, std = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
 
     def clip_score(images: Float[Tensor, "batch channels height width"], prompts: Sequence[str]) -> Tensor:
-        pixels = _resize_and_crop(images, size).expand(-1, mean.shape[1], -1, -1)
-        pixels = (pixels - mean.to(pixels)) / std.to(pixels)
+        pixels = (_resize_and_crop(images, size) - mean.to(images)) / std.to(images)  # grey becomes three channels
         texts = list(dict.fromkeys(prompts))  # groups share a prompt: encode each once
         tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
         tokens = {name: tokens[name] for name in ("input_ids", "attention_mask")}

@@ -80,11 +80,14 @@ def save(fig, path: str | Path, description: str = "", dpi: int = 150) -> Path:
 
     The same figure always gives the same bytes: no date and no version is stored.
     """
+    import matplotlib as mpl
+
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"cannot save a figure as {path.suffix or 'a file without ending'!r}. There are: .png, .svg.")
     neutral = {"Software": None} if path.suffix == ".png" else {"Date": None}
-    fig.savefig(path, dpi=dpi, metadata={"Description": description or fig.get_label(), **neutral})
+    with mpl.rc_context({"svg.hashsalt": "minialign"}):  # else an .svg names its parts at random
+        fig.savefig(path, dpi=dpi, metadata={"Description": description or fig.get_label(), **neutral})
     return path
 
 

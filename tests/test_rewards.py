@@ -273,7 +273,7 @@ def test_clip_score_equals_the_models_own_logits_on_the_processors_pixels(clip):
     images = torch.rand(
         3, 3, 20, 28, generator=torch.Generator().manual_seed(4)
     )  # neither square nor of the model's size
-    prompts, tokenizer = ["red", "blue", "red"], Words()
+    prompts, tokenizer = ["red", "blue", "blue"], Words()
     score = rewards.clip_scorer(clip, tokenizer)(images, prompts)
     assert tokenizer.num_texts == 2  # equal prompts are encoded once
 

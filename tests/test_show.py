@@ -53,10 +53,11 @@ def test_a_grid_reads_like_a_page():
     assert len({y for _, y in pictures_at(fig)}) == 3
 
 
-def test_grey_is_repeated_out_of_range_is_clipped_and_nan_is_magenta():
+def test_grey_is_repeated_out_of_range_is_clipped_and_nan_is_magenta(caplog):
     batch = torch.tensor([-1.0, 0.25, 2.0, torch.nan]).view(1, 1, 2, 2)
     (drawn,) = in_reading_order(show.image_grid(batch))
     np.testing.assert_allclose(drawn, [[[0, 0, 0], [0.25] * 3], [[1, 1, 1], [1, 0, 1]]])
+    assert not caplog.records  # matplotlib clips too, but complains
 
 
 def test_enlargement_does_not_blur(tmp_path):
@@ -236,7 +237,9 @@ def test_names_stand_at_the_ends_in_order_and_apart():
 
 def test_gaps_and_empty_starts_are_drawn():
     fig = show.curves({"a": [float("nan"), 1.0, float("nan")]})
-    assert [text.get_text() for text in fig.axes[0].texts] == ["a"]
+    (name,) = fig.axes[0].texts
+    assert name.get_text() == "a"
+    assert 0 < name.xy[1] < 1  # beside the last number, not beside the last gap
 
 
 @pytest.mark.parametrize(
@@ -292,6 +295,8 @@ def test_each_draws_into_a_given_axes_or_makes_a_white_figure_outside_pyplot(nam
     import matplotlib as mpl
     from matplotlib import pyplot as plt
 
+    mpl.rcdefaults()
+    mpl.use("Agg")
     before = dict(mpl.rcParams)
     fig = DRAW[name](None)
     assert plt.get_fignums() == []
@@ -313,11 +318,12 @@ def test_saved_files_carry_their_description_and_are_the_same_each_time(tmp_path
     for name in ("first", "second"):
         show.save(show.curves({"a": [1, 2]}), tmp_path / f"{name}{suffix}", "Reward rises from 1 to 2.")
     first = (tmp_path / f"first{suffix}").read_bytes()
-    if suffix == ".png":
-        assert Image.open(tmp_path / "first.png").text["Description"] == "Reward rises from 1 to 2."
-        assert first == (tmp_path / "second.png").read_bytes()
+    assert first == (tmp_path / f"second{suffix}").read_bytes()
+    if suffix == ".png":  # neither the date nor matplotlib's version
+        assert Image.open(tmp_path / "first.png").text == {"Description": "Reward rises from 1 to 2."}
     else:
         assert b"Reward rises from 1 to 2." in first
+        assert b"dc:date" not in first
 
 
 def test_an_unknown_format_is_refused(tmp_path):

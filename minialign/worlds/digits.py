@@ -2,7 +2,7 @@
 
     load()                  base model: a class-conditional diffusers UNet2DModel trained on them (shipped, 0.2 M)
     load(model="mixture")   base model: an exact ten-component Gaussian mixture, so densities and tilts are closed forms
-    oracle                  1 where a support vector machine, which never saw the model, reads the digit of the prompt
+    oracle                  1 where a support vector machine reads the prompt's digit in what resembles any real digit
     ink, symmetric, ...     rewards that can be seen; ink alone is easily hacked, bold and thin pay only if legible
 
 Latents are pixels mapped to [-1, 1]; samples are images (batch, 1, 8, 8) in [0, 1]. 1,437 digits are for fitting
@@ -77,6 +77,14 @@ def classifier():
     return SVC(gamma=0.5 / 8, C=10.0).fit(images.flatten(1).numpy(), labels.numpy())
 
 
+@functools.cache
+def reach() -> float:
+    """How far a real digit may be from the nearest other one: the 0.999 quantile, L2 of the pixels (1.8)."""
+    pixels = data("train")[0].flatten(1)
+    distances = torch.cdist(pixels, pixels).fill_diagonal_(torch.inf)
+    return distances.amin(1).quantile(0.999).item()
+
+
 def labels_of(prompts: Sequence[str]) -> Int[Tensor, "b"]:
     """The number that each prompt names. Raises ValueError for a word that is none."""
     unknown = [prompt for prompt in prompts if prompt not in NAMES]
@@ -86,12 +94,18 @@ def labels_of(prompts: Sequence[str]) -> Int[Tensor, "b"]:
 
 
 def oracle(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float32[Tensor, "b"]:
-    """1 where the classifier reads the digit that the prompt names, else 0. No gradient."""
+    """1 where the classifier reads the digit that the prompt names, and the picture is within `reach` of a real digit.
+
+    The second condition keeps the oracle from being hacked: a classifier alone calls a white rectangle a perfect one.
+    No gradient.
+    """
     wanted = labels_of(prompts)
     if len(wanted) == 0:
         return torch.zeros(0, device=samples.device)
-    read = classifier().predict(samples.detach().float().cpu().flatten(1).numpy())
-    return (torch.from_numpy(read) == wanted).float().to(samples.device)
+    pixels = samples.detach().float().cpu().flatten(1)
+    right = torch.from_numpy(classifier().predict(pixels.numpy())) == wanted
+    near = torch.cdist(pixels, data("train")[0].flatten(1)).amin(1) <= reach()
+    return (right & near).float().to(samples.device)
 
 
 def ink(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float[Tensor, "b"]:

@@ -148,7 +148,7 @@ A class-conditional `UNet2DModel` (diffusers) with {num_parameters:,} parameters
 Labels 0 to 9, and {digits.NULL_CLASS} for "any digit" (guidance). Latents are pixels in [-1, 1]; epsilon prediction.
 
 **Data.** scikit-learn's `load_digits`: 1,797 digits by 13 people, the test part of "Optical Recognition of Handwritten
-Digits" (Alpaydin and Kaynak, 1998, UCI Machine Learning Repository, CC BY 4.0). Trained on 1,437; 360 are held out.
+Digits" (Alpaydin and Kaynak, 1998, UCI Machine Learning Repository). Trained on 1,437; 360 are held out.
 
 **Recipe.** `minialign pretrain digits --seed {seed}`, {seconds:.0f} s of CPU time, torch {torch.__version__}:
 `{json.dumps(asdict(recipe))}`

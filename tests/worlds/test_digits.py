@@ -83,6 +83,16 @@ def test_the_oracle_asks_for_the_prompts_digit():
     assert digits.oracle(images[:0], []).shape == (0,)
 
 
+def test_the_oracle_is_not_fooled_by_what_no_digit_looks_like():
+    block = torch.zeros(1, 1, 8, 8)
+    block[..., 1:7] = 1.0
+    assert digits.classifier().predict(block.flatten(1).numpy()) == 1  # a white rectangle is "one", says the classifier
+    assert digits.oracle(block, ["one"]).item() == 0
+    train = digits.data("train")[0].flatten(1)
+    nearest = torch.tensor([(train - x).norm(dim=1).kthvalue(2).values for x in train])
+    assert ((nearest <= digits.reach()).sum() / len(train)).item() == pytest.approx(0.999, abs=0.001)
+
+
 def test_ink_and_symmetry_by_hand():
     picture = torch.zeros(1, 1, 8, 8)
     picture[0, 0, 0, 0], picture[0, 0, 0, 7] = 1.0, 0.5  # a pair that mirrors, 0.5 apart
@@ -212,8 +222,9 @@ def test_the_network_is_small_and_its_world_complete(world):
 
 
 def test_the_samples_can_be_shown(world, samples):
-    fig = world.show(samples[:4], EVEN[:4])
-    assert [text.get_text() for text in fig.axes[0].texts] == ["zero", "one", "two", "three"]
+    fig = world.show(samples[:4], ["zero", "one", "two", "nine"])
+    assert [text.get_text() for text in fig.axes[0].texts] == ["zero", "one", "two", "nine"]
+    assert len(fig.axes[0].lines) == 3 * 1 + 2  # three ticks, and a cross of two strokes for a three that is no nine
     assert len(fig.axes[0].images) == 4
 
 
