@@ -158,7 +158,7 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
 
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "shapes", local_files_only=True)
     pipe.load_lora_weights(tmp_path / "r")
-    policy = DiffusionPolicy.from_pipeline(pipe, num_steps=8, guidance_scale=1.0)
+    policy = DiffusionPolicy.from_pipeline(pipe, num_steps=cli.WORLDS["shapes"]["num_steps"], guidance_scale=1.0)
     noise = policy.draw_noise(16, torch.Generator().manual_seed(10_000))
     torch.testing.assert_close(policy.sample(after["prompts"], noise), after["samples"], atol=1e-4, rtol=0)
     # and with no code of ours at all: the pipeline's own call, deterministic sampler
@@ -171,7 +171,9 @@ def test_bench_stores_its_rows(tmp_path, capsys):
     assert cli.main(["bench", "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]) == 0
     (row,) = json.loads((tmp_path / "bench.json").read_text())
     assert set(row) == {"method", "world", "device", "step_seconds", "floor_seconds", "ratio"}
-    assert row["step_seconds"] > 0 and row["ratio"] == pytest.approx(row["step_seconds"] / row["floor_seconds"], rel=0.05)
+    assert row["step_seconds"] > 0 and row["ratio"] == pytest.approx(
+        row["step_seconds"] / row["floor_seconds"], rel=0.05
+    )
 
 
 def test_pretrain_names_what_it_can_make(capsys):
