@@ -280,7 +280,7 @@ def report(run: dict, world, rows: list[dict], before: dict, after: dict, second
     }  # fmt: skip
     world.policy.save_adapter(folder)
     if before["samples"].ndim == 4:
-        title = f"{run['method']} on {run['world']}, reward {run['reward']!r}: {seconds:.0f} s, {costs['reward_queries']:,} queries"
+        title = f"{run['method']} on {run['world']}, reward {run['reward']!r}: {costs['reward_queries']:,} queries"
         show.before_after(
             before["samples"], after["samples"], before["prompts"], before["oracle_scores"], after["oracle_scores"],
             folder / "before_after.png", title=title,
