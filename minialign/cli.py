@@ -29,7 +29,7 @@ WORLDS = {
     "line": dict(num_steps=20),
 }
 RECIPES = {
-    ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10),
+    ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
     ("ddpo", "digits"): dict(num_iterations=16, learning_rate=1e-3),
     ("ddpo", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, num_minibatches=4, learning_rate=3e-3),
     ("ddpo", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, num_minibatches=4, learning_rate=3e-3),
@@ -440,7 +440,6 @@ def bench_row(world_name: str, rounds: int, device: str) -> dict:
     def free_reward(samples, prompts):
         return samples.float().flatten(1).mean(1)
 
-    config = dataclasses.replace(config, num_minibatches=1)
     measured, floors = [], []
     for step in ddpo.train(world.policy, free_reward, world.prompts, config, torch.Generator().manual_seed(0)):
         if step.number:  # the first round warms up
