@@ -126,11 +126,11 @@ def step_kl(
 
 def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tensor, clip_range: float, config: Config):
     """Loss and metrics of trajectories `rows` (n,) at their `steps` (n, k): one network call for all n * k states."""
-    b, s = rows.repeat_interleave(steps.shape[1]), steps.flatten()
-    states, step, condition = traj.states[b, s], traj.steps[s], traj.condition[b]
+    states, step, condition, next, log_prob_old = traj.transitions(rows, steps)
     output = policy.model_output(states, step, condition)
-    out = policy.step_from(output, states, step, next=traj.states[b, s + 1], reduction=config.reduction)
-    loss, info = clipped_surrogate(out.log_prob, traj.log_probs[b, s], advantages[b], clip_range)
+    out = policy.step_from(output, states, step, next=next, reduction=config.reduction)
+    advantages = advantages[rows].repeat_interleave(steps.shape[1])
+    loss, info = clipped_surrogate(out.log_prob, log_prob_old, advantages, clip_range)
     if config.beta:
         kl = step_kl(policy, output, states, step, condition, out.mean, out.std, config).mean()
         loss, info = loss + config.beta * kl, info | {"kl": kl.detach()}

@@ -11,51 +11,17 @@ pipeline's text encoders and autoencoder. Guidance acts in sampling and in scori
 import copy
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from minialign.kernels import StepOut, at_least_float32, ddim_alpha_bars, ddim_std, ddim_step, expand_as
+from minialign.policies.base import Condition, Trajectory
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # A miniature has few attention weights, so its LoRA also reaches the convolutions and the feed-forward layers.
 EVERYWHERE = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv_in", "conv_out")
-
-
-@dataclass
-class Condition:
-    """Named inputs of the network, one row a sample; `condition[rows]` selects. `rows`: which prompt each came from."""
-
-    tensors: dict[str, Tensor]
-    rows: Tensor
-
-    def __getitem__(self, index) -> "Condition":
-        return Condition({name: tensor[index] for name, tensor in self.tensors.items()}, self.rows[index])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass
-class Trajectory:
-    """Denoising runs, from noise to data: `states[:, 0]` is noisiest, `states[:, i + 1]` follows by step `steps[i]`.
-
-    states (batch, S + 1, *latent); log_probs (batch, S) under the weights that rolled it out; steps (S,) indices into
-    the policy's `timesteps`; timesteps (S,) the network's integers; final (batch, *latent) what `policy.decode` takes.
-    A run that started late, from the branching point of a tree, has `steps[0] > 0`.
-    """
-
-    states: Tensor
-    log_probs: Tensor
-    steps: Tensor
-    timesteps: Tensor
-    condition: Condition
-    final: Tensor
-
-    def __len__(self) -> int:
-        return len(self.states)
 
 
 class DiffusionPolicy:
@@ -188,6 +154,11 @@ class DiffusionPolicy:
     def std(self) -> Tensor:
         """sigma of each step (S,)."""
         return ddim_std(self._alpha_bar, self._alpha_bar_next, self.eta)
+
+    @property
+    def num_actions(self) -> int:
+        """How many of the steps have a density: all S of them (of a consistency sampler, all but the last)."""
+        return self.num_steps
 
     def check_density(self) -> None:
         """Raises ValueError if a step of the grid is deterministic: then its actions have no log-probability."""
@@ -405,7 +376,8 @@ class DiffusionPolicy:
         for out in self._walk(path[0], steps, condition, noise, reduction):
             path.append(out.next)
             log_probs.append(out.log_prob)
-        states, log_probs = torch.stack(path, 1), torch.stack(log_probs, 1)
+        states = torch.stack(path, 1)
+        log_probs = torch.stack(log_probs, 1) if log_probs else states.new_empty(len(states), 0)
         return Trajectory(states, log_probs, steps, self.timesteps[steps], condition, path[-1])
 
     def _walk(
