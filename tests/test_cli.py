@@ -1,6 +1,7 @@
 """The command line as a user meets it, in the fast exact world: files, resuming, Ctrl-C, and errors that teach."""
 
 import csv
+import importlib
 import json
 import os
 import signal
@@ -169,11 +170,29 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
 
 def test_bench_stores_its_rows(tmp_path, capsys):
     assert cli.main(["bench", "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]) == 0
-    (row,) = json.loads((tmp_path / "bench.json").read_text())
-    assert set(row) == {"method", "world", "device", "step_seconds", "floor_seconds", "ratio"}
-    assert row["step_seconds"] > 0 and row["ratio"] == pytest.approx(
-        row["step_seconds"] / row["floor_seconds"], rel=0.05
-    )
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["method"] for row in rows] == list(cli.PASSES)
+    for row in rows:
+        assert set(row) == {"method", "world", "device", "step_seconds", "floor_seconds", "ratio"}
+        ratio = row["step_seconds"] / row["floor_seconds"]
+        assert row["step_seconds"] > 0 and row["ratio"] == pytest.approx(ratio, rel=0.05)
+    assert cli.main(["bench", "--methods", "rvr"]) == 2
+
+
+@pytest.mark.parametrize("method", cli.PASSES)
+def test_the_floor_has_the_networks_rows_of_a_step(method):
+    """The rows of the floor's passes, backward ones counted thrice, are the step's own network evaluations."""
+    config = importlib.import_module(f"minialign.methods.{method}").Config
+    config = config(num_iterations=2, num_prompts=6, num_minibatches=1, steps_per_pass=2, **({
+        "ddpo": dict(group_size=2), "b2diffurl": dict(num_branches=3, first_window=2, last_window=3),
+    }[method]))  # fmt: skip
+    world = cli.load_world("compass", dict(num_steps=5, eta=1.0, lora_rank=1))
+    train = importlib.import_module(f"minialign.methods.{method}").train
+    spent = 0
+    for step in train(world.policy, lambda samples, prompts: samples[:, 0], world.prompts, config):
+        forward, backward = cli.PASSES[method](world.policy, config, step.metrics)
+        spent += sum(forward) + 3 * sum(backward)
+        assert step.network_evaluations == spent
 
 
 def test_pretrain_names_what_it_can_make(capsys):

@@ -11,6 +11,8 @@ from minialign import cli
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import claim_b2diffurl
+import claim_b2diffurl_shapes
 import claim_ddpo
 
 
@@ -28,6 +30,29 @@ def test_a_verdict_can_fail():
     stored = json.loads((HERE / "results/ddpo.json").read_text())
     swapped = [r | {"success": 1 - r["success"]} for r in stored["runs"]]
     assert claim_ddpo.verdict(swapped, stored["kl_runs"])["verdict"] == "does not replicate in miniature"
+
+
+def test_the_stored_b2diffurl_verdicts_follow_from_their_raw_results():
+    for name, claim in {"b2diffurl": claim_b2diffurl, "b2diffurl_shapes": claim_b2diffurl_shapes}.items():
+        stored = json.loads((HERE / f"results/{name}.json").read_text())
+        again = claim.verdict(stored["runs"])
+        assert again["bars"] == stored["bars"] and again["verdict"] == stored["verdict"]
+
+
+def test_b2diffurl_fails_if_it_collapses_like_ddpo():
+    stored = json.loads((HERE / "results/b2diffurl.json").read_text())
+    entropy = {(r["learning_rate"], r["seed"]): r["entropy"] for r in stored["runs"] if r["method"] == "DDPO"}
+    collapsed = [r | {"entropy": entropy[r["learning_rate"], r["seed"]]} for r in stored["runs"]]
+    assert claim_b2diffurl.verdict(collapsed)["verdict"] == "does not replicate in miniature"
+    never = [r | ({"queries": None} if r["method"] == "B2 official" else {}) for r in stored["runs"]]
+    assert not claim_b2diffurl.verdict(never)["bars"][0]["passed"]
+
+
+def test_one_seed_of_b2diffurl_and_of_ddpo():
+    # stored over six seeds, 95 %: entropy 1.368 +- .020 and 1.136 +- .060, evaluations 95k +- 17k and 346k +- 40k
+    ours, ddpo = (claim_b2diffurl.compass_run(method, 0.01, 0) for method in ("B2 official", "DDPO"))
+    assert ours["entropy"] - ddpo["entropy"] > 0.1
+    assert ours["network_evaluations"] < 0.6 * ddpo["network_evaluations"] and ours["queries"] > ddpo["queries"]
 
 
 def test_the_readme_quotes_the_stored_verdicts(capsys):

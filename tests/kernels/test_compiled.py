@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minialign import kernels
+from minialign.methods import b2diffurl
 
 N = 5
 
@@ -53,6 +54,13 @@ CASES = {
     "kl_k2": (lambda u: kernels.kl_k2(u), (LOG_P,)),
     "kl_k3": (lambda u: kernels.kl_k3(u), (LOG_P,)),
 }
+Z_SCORES = random(4, 3, seed=7)
+KERNELS_OF_METHODS = {
+    "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
+    "b2diffurl.select_extremes": (lambda z: b2diffurl.select_extremes(z, 0.5, -0.5), (Z_SCORES,)),
+    "b2diffurl.pairwise_loss": (lambda p, q: b2diffurl.pairwise_loss(p, q, 0.7), (LOG_P, LOG_Q)),
+}
+CASES |= KERNELS_OF_METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +74,7 @@ def _annotations_off():
 
 def test_every_kernel_has_a_case():
     helpers = {"StepOut", "at_least_float32", "expand_as"}
-    assert {name.split()[0] for name in CASES} == set(kernels.__all__) - helpers
+    assert {name.split()[0] for name in CASES.keys() - KERNELS_OF_METHODS.keys()} == set(kernels.__all__) - helpers
 
 
 @pytest.mark.parametrize("name", CASES)
