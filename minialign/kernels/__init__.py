@@ -1,5 +1,14 @@
 """Pure tensor functions that several papers share. Any device; float64, float32, bfloat16; no loop over the batch."""
 
+from minialign.kernels.consistency import (
+    boundary_scalings,
+    consistency_function,
+    consistency_step,
+    diffusers_guidance,
+    guidance_embedding,
+    lcm_guidance,
+    lcm_timesteps,
+)
 from minialign.kernels.diffusion import ddim_alpha_bars, ddim_std, ddim_step, predict
 from minialign.kernels.gaussian import StepOut, at_least_float32, expand_as, gaussian_kl, gaussian_log_prob
 from minialign.kernels.policy_gradient import clipped_surrogate, group_advantages, kl_k1, kl_k2, kl_k3, whiten
@@ -7,17 +16,24 @@ from minialign.kernels.policy_gradient import clipped_surrogate, group_advantage
 __all__ = [
     "StepOut",
     "at_least_float32",
+    "boundary_scalings",
     "clipped_surrogate",
+    "consistency_function",
+    "consistency_step",
     "ddim_alpha_bars",
     "ddim_std",
     "ddim_step",
+    "diffusers_guidance",
     "expand_as",
     "gaussian_kl",
     "gaussian_log_prob",
     "group_advantages",
+    "guidance_embedding",
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "lcm_guidance",
+    "lcm_timesteps",
     "predict",
     "whiten",
 ]

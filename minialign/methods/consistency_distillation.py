@@ -1,0 +1,183 @@
+"""Consistency distillation (Song et al., 2023, arXiv 2303.01469), as latent consistency models do it (Luo et al., 2023,
+arXiv 2310.04378).
+
+A diffusion model's probability-flow ODE carries each noisy point to one clean point. The student learns that map whole:
+one step of the ODE with the frozen teacher must not change its answer. With f(x, 0) = x the answers are tied to the
+data; without that boundary, or with the target's time wrong, any constant would do.
+
+    x_t = sqrt(a) x_0 + sqrt(1 - a) noise, t on the solver's grid       Config.solver_steps
+    guided teacher, e_u + g (e_c - e_u), g ~ U                          guided_condition
+    x_{t'}: one DDIM step of the teacher, eta = 0                       ddim_jump
+    f_theta(x_t, t) against f_ema(x_{t'}, t'), no gradient              distillation_loss
+
+As in diffusers' training script: the DDIM step goes from timestep to timestep without correction, and the grid's last
+step ends at timestep 0. As in neither code nor paper: guidance ranges are given in diffusers' convention g (the papers'
+w is g - 1), so (1, 1) is no guidance at all.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minialign.kernels import at_least_float32, expand_as, predict
+from minialign.loop import Step, pack, timer, unpack
+
+
+@dataclass(frozen=True)
+class Config:
+    num_iterations: int = 4000  # optimizer steps
+    batch_size: int = 256
+    solver_steps: int = 50  # steps of the grid; the teacher jumps over 1000 / 50 = 20 training timesteps at once
+    metric: str = "l2"  # "l2": squared error, mean over elements; "huber": sqrt(d^2 + c^2) - c
+    huber_c: float = 0.001
+    guidance_range: tuple[float, float] = (1.0, 1.0)  # of g, drawn for each sample; needs a guided teacher
+    ema_decay: float = 0.95  # of the target network
+    learning_rate: float = 2e-3  # AdamW, cosine to zero (LCM: 1e-4, constant)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # l2
+
+
+def solver_grid(solver_steps: int, num_train_timesteps: int = 1000) -> tuple[Tensor, Tensor]:
+    """(t, t') of every step of the solver, each (solver_steps,): 19 -> 0, 39 -> 19, ..., 999 -> 979 for fifty steps."""
+    stride = num_train_timesteps // solver_steps
+    timesteps = stride * torch.arange(1, solver_steps + 1) - 1
+    return timesteps, (timesteps - stride).clamp_min(0)
+
+
+def ddim_jump(
+    output: Float[Tensor, "b *dims"],
+    states: Float[Tensor, "b *dims"],
+    alpha_bar: Float[Tensor, "b"],
+    alpha_bar_next: Float[Tensor, "b"],
+    prediction_type: str = "epsilon",
+) -> Float[Tensor, "b *dims"]:
+    """One DDIM step (Song et al., 2021, eq. 12) at sigma = 0: sqrt(a') denoised + sqrt(1 - a') noise_pred.
+
+    Exact where the noise prediction is constant along the way; else off by what twenty timesteps in one leave.
+    """
+    denoised, noise_pred = predict(at_least_float32(output), at_least_float32(states), alpha_bar, prediction_type)
+    return (
+        expand_as(alpha_bar_next.sqrt(), states) * denoised
+        + expand_as((1 - alpha_bar_next).sqrt(), states) * noise_pred
+    )
+
+
+def distance(
+    prediction: Float[Tensor, "b *dims"], target: Float[Tensor, "b *dims"], metric: str = "l2", huber_c: float = 0.001
+) -> Float[Tensor, ""]:
+    """How far two answers are apart: mean over elements, in float32 at least."""
+    squared = (at_least_float32(prediction) - at_least_float32(target)).square()
+    return squared.mean() if metric == "l2" else ((squared + huber_c**2).sqrt() - huber_c).mean()
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
+    """target <- decay target + (1 - decay) student, all weights at once; buffers do not change."""
+    targets, students = list(target.parameters()), [p.detach() for p in student.parameters()]
+    torch._foreach_lerp_(targets, students, 1 - decay)
+
+
+def guided_condition(policy, teacher, prompts: list[str], config: Config, generator: torch.Generator):
+    """(the student's condition, the teacher's, g): g (n,) drawn from the range, None if the range is no guidance."""
+    low, high = config.guidance_range
+    condition = policy.encode(prompts)
+    if low == high == 1:
+        return condition, teacher.encode(prompts, guided=False), None
+    scale = low + (high - low) * torch.rand(len(prompts), generator=generator).to(policy.device)
+    return policy.with_guidance(condition, scale), teacher.encode(prompts, guided=True), scale
+
+
+def distillation_loss(
+    policy, target, teacher, latents: Tensor, prompts: list[str], config: Config, generator: torch.Generator
+) -> Tensor:
+    """One batch's loss. latents (n, *latent) are data; `target` is the policy with the averaged weights."""
+    grid, grid_next = (t.to(policy.device) for t in solver_grid(config.solver_steps))
+    alpha_bar = teacher.scheduler.alphas_cumprod.to(policy.device, latents.dtype)
+    n = torch.randint(config.solver_steps, (len(latents),), generator=generator).to(policy.device)
+    noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(policy.device)
+    t, t_next = grid[n], grid_next[n]
+    a = expand_as(alpha_bar[t], latents)
+    states = a.sqrt() * latents + (1 - a).sqrt() * noise
+    condition, condition_teacher, scale = guided_condition(policy, teacher, prompts, config, generator)
+    prediction = policy.denoise(states, t, condition)
+    with torch.no_grad():
+        output = teacher.output_at(states, t, condition_teacher, guidance_scale=scale)
+        states_next = ddim_jump(
+            output, states, alpha_bar[t], alpha_bar[t_next], teacher.scheduler.config.prediction_type
+        )
+        answer = target.denoise(states_next, t_next, condition)  # its own point, at its own time
+    return distance(prediction, answer, config.metric, config.huber_c)
+
+
+def check(policy, teacher, config: Config) -> None:
+    """Raises ValueError for settings that cannot train, before anything is spent."""
+    if config.metric not in ("l2", "huber"):
+        raise ValueError(f"metric is {config.metric!r}; expected 'l2' or 'huber'.")
+    low, high = config.guidance_range
+    if not low <= high:
+        raise ValueError(f"guidance_range is ({low}, {high}); expected (lowest g, highest g), (1, 1) for no guidance.")
+    if low < high and not policy.guidance_dim:
+        raise ValueError(
+            f"guidance_range is ({low}, {high}), but the student's network cannot be told the scale: make it with "
+            "ConsistencyPolicy.from_diffusion(teacher, guidance_dim=256), or fix the scale with (g, g)."
+        )
+    if policy.scheduler.config.prediction_type != teacher.scheduler.config.prediction_type:
+        raise ValueError("student and teacher have schedulers of different prediction_type; they share one network.")
+
+
+def train(
+    policy,
+    teacher,
+    data: Callable[[int, torch.Generator], tuple[Tensor, list[str]]],
+    config: Config = Config(),
+    generator: torch.Generator | None = None,
+    resume=None,
+) -> Iterator[Step]:
+    """Trains the consistency `policy` in place to jump where `teacher`'s ODE leads; yields a `Step` an update.
+
+    data(n, generator) -> (latents (n, *latent), prompts): where the noise is put on. generator: a CPU torch.Generator
+    (seed 0 if None). Network evaluations are the student's, the target's and the teacher's together.
+    """
+    check(policy, teacher, config)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    policy.network.requires_grad_(True)
+    parameters = policy.parameters()
+    target = copy.copy(policy)
+    target.network = copy.deepcopy(policy.network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    start = 0
+    if resume is not None:
+        start = unpack(resume, parameters, optimizer, generator)["number"]
+        for i, p in enumerate(target.network.parameters()):
+            p.data.copy_(resume[f"target.{i}"])
+    spent = [p.network_evaluations for p in (policy, target, teacher)]
+
+    for number in range(start, config.num_iterations):
+        lap = timer()
+        latents, prompts = data(config.batch_size, generator)
+        loss = distillation_loss(policy, target, teacher, latents, prompts, config, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        decay = (1 + math.cos(math.pi * number / config.num_iterations)) / 2
+        optimizer.param_groups[0]["lr"] = config.learning_rate * decay
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema_update(target.network, policy.network, config.ema_decay)
+        evaluations = sum(p.network_evaluations for p in (policy, target, teacher)) - sum(spent)
+        yield Step(
+            number,
+            {"loss": loss.detach()},
+            evaluations,
+            0,
+            lap(),
+            lambda done=number + 1: (
+                pack(parameters, optimizer, generator, number=done)
+                | {f"target.{i}": p.detach().clone() for i, p in enumerate(target.network.parameters())}
+            ),
+        )
+    policy.network.requires_grad_(False)

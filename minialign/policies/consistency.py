@@ -1,0 +1,156 @@
+"""A consistency model seen as a policy (Oertell et al., 2024, arXiv 2404.03673): denoise, re-noise, a few times.
+
+    state     (x_j, tau_j, prompt)             action   x_{j+1}
+    policy    N(sqrt(a) f(x_j, tau_j, prompt), (1 - a) I), a = alpha_bar_{j+1}: denoise, re-noise to the next level
+    reward    r(decode(f(x_{H-1}, tau_{H-1})), prompt), at the end
+
+H network calls make H - 1 actions: the last call is deterministic and has no density. `terminal_std` adds a little
+noise behind it, in rollouts only, so that the last call becomes an action too.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from minialign.kernels import StepOut, consistency_function, consistency_step, guidance_embedding, lcm_guidance
+from minialign.policies.base import Condition, Policy, check_pipeline, pipeline_modules
+
+
+class ConsistencyPolicy(Policy):
+    """Any diffusers UNet (or module called as `network(x, t, **condition)`) as a consistency function; an LCMScheduler.
+
+    guidance_scale g: where the network embeds it (`time_cond_proj_dim`), w = g - 1 goes in as `timestep_cond` and no
+    second pass is made; elsewhere e_u + g (e_c - e_u), 1 is off. terminal_std: see the module. The other settings are
+    `Policy`'s; num_steps is H, the number of network calls.
+    """
+
+    def __init__(
+        self, network, scheduler, *, num_steps: int = 4, guidance_scale: float | int = 1.0, terminal_std=0.0, **modules
+    ):
+        self.terminal_std = float(terminal_std)
+        self.guidance_dim = getattr(getattr(network, "config", None), "time_cond_proj_dim", None)
+        self.embedded_guidance = float(guidance_scale)
+        outside = 1.0 if self.guidance_dim else guidance_scale
+        super().__init__(network, scheduler, num_steps=num_steps, guidance_scale=outside, **modules)
+
+    @classmethod
+    def from_pipeline(cls, pipe, *, num_steps: int = 4, guidance_scale: float | int = 8.0, decode_rows: int = 64):
+        """Wraps a LatentConsistencyModelPipeline, or a StableDiffusionPipeline whose UNet is a consistency function.
+
+        Its modules are used, not copied, and frozen. guidance_scale is diffusers' (RLCM: 8). `decode_rows`: latents per
+        call of the autoencoder.
+        """
+        from diffusers import LCMScheduler
+
+        check_pipeline(pipe)
+        scheduler = pipe.scheduler
+        if not isinstance(scheduler, LCMScheduler):
+            scheduler = LCMScheduler.from_config(
+                scheduler.config, clip_sample=scheduler.config.get("clip_sample", False)
+            )
+        modules = pipeline_modules(pipe, decode_rows)
+        policy = cls(pipe.unet, scheduler, num_steps=num_steps, guidance_scale=guidance_scale, **modules)
+        policy.pipeline = pipe
+        return policy
+
+    @classmethod
+    def from_diffusion(cls, policy: Policy, *, num_steps: int = 4, guidance_dim: int | None = None):
+        """The undistilled student of a diffusion policy: a copy of its network, asked for a whole jump.
+
+        Its f is the denoised guess, the mean of all that could follow. guidance_dim: give a UNet an embedding of the
+        guidance scale of that size, zero at first (LatentConsistencyModelPipeline needs one).
+        """
+        from diffusers import LCMScheduler
+
+        network = copy.deepcopy(policy.network)
+        if guidance_dim:
+            network = type(network).from_config(network.config, time_cond_proj_dim=guidance_dim)
+            network.load_state_dict(policy.network.state_dict(), strict=False)
+            network.time_embedding.cond_proj.weight.data.zero_()
+        student = cls(
+            network, LCMScheduler.from_config(policy.scheduler.config, clip_sample=False), num_steps=num_steps,
+            latent_shape=policy.latent_shape, encoder=policy._encoder, decoder=policy._decoder,
+        )  # fmt: skip
+        student.to(policy.device)
+        return student
+
+    def set_num_steps(self, num_steps: int, timesteps: list[int] | None = None) -> None:
+        """Chooses H and with it `timesteps` (H,), as the LCMScheduler spaces them, or those given (descending)."""
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_steps)
+        else:
+            self.scheduler.set_timesteps(timesteps=timesteps)
+        self._place()
+        self.num_steps = num_steps
+        self.timesteps = self.scheduler.timesteps.to(self.device).long()
+        self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, self.state_dtype)
+        following = self._alphas_cumprod[self.timesteps[1:]]
+        self._signal = torch.cat([following.sqrt(), following.new_ones(1)])  # the last call's output is kept as it is
+        self._next_noise = (1 - following).sqrt()
+
+    @property
+    def num_actions(self) -> int:
+        """How many of the H calls are followed by noise: H - 1, or all with a terminal_std."""
+        return self.num_steps if self.terminal_std else self.num_steps - 1
+
+    @property
+    def std(self) -> Tensor:
+        """sqrt(1 - alpha_bar) of the level that each call is re-noised to, (H,); the last is terminal_std."""
+        return torch.cat([self._next_noise, self._next_noise.new_full((1,), self.terminal_std)])
+
+    def check_density(self) -> None:
+        """Raises ValueError if no call is followed by noise."""
+        if self.num_actions == 0:
+            raise ValueError(
+                "num_steps = 1 has no stochastic step: one deterministic call, no density, no policy gradient. Use "
+                "num_steps of at least 2, or a terminal_std > 0, or back-propagate the reward through the call."
+            )
+
+    def encode(self, prompts, guided: bool | None = None) -> Condition:
+        condition = super().encode(prompts, guided)
+        return self.with_guidance(condition, torch.full((len(condition),), self.embedded_guidance, device=self.device))
+
+    def with_guidance(self, condition: Condition, guidance_scale: Tensor) -> Condition:
+        """The condition with guidance_scale (n,) embedded, row by row, where the network takes one."""
+        if not self.guidance_dim:
+            return condition
+        embedded = guidance_embedding(lcm_guidance(guidance_scale.float()), self.guidance_dim)
+        return Condition(condition.tensors | {"timestep_cond": embedded}, condition.rows)
+
+    def denoise(self, states: Tensor, timesteps: Tensor, condition: Condition, reference: bool = False) -> Tensor:
+        """f(x, t, prompt), (n, *latent), at any training timesteps (n,)."""
+        output = self.output_at(states, timesteps, condition, reference)
+        return self._consistent(output, states, timesteps)
+
+    def _consistent(self, output: Tensor, states: Tensor, timesteps: Tensor) -> Tensor:
+        config = self.scheduler.config
+        return consistency_function(
+            output, states.to(self.state_dtype), self._alphas_cumprod[timesteps], timesteps, config.prediction_type,
+            config.timestep_scaling,
+        )  # fmt: skip
+
+    def step_from(
+        self, output: Tensor, states: Tensor, step: Tensor | int, *, next=None, noise=None, reduction="mean"
+    ) -> StepOut:
+        """The transition that follows from a model output already at hand; no network evaluation."""
+        rows = (len(states),)
+        denoised = self._consistent(output, states, self.timesteps[step].expand(rows))
+        signal, std = self._signal[step].expand(rows), self.std[step].expand(rows)
+        return consistency_step(denoised, signal, std, reduction=reduction, next=next, noise=noise)
+
+    def _after_actions(self, states: Tensor, condition: Condition) -> Tensor:
+        """The last call, whose output is the sample; with a terminal_std it was an action already."""
+        if self.terminal_std:
+            return states
+        return self.denoise(states, self.timesteps[-1].expand(len(states)), condition)
+
+    @torch.no_grad()
+    def sample(self, prompts, noise: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """Decoded samples, one a prompt, without terminal noise; one step will do."""
+        condition = self.encode(prompts)
+        noise = self.draw_noise(len(condition), generator) if noise is None else noise
+        states, steps = noise[:, 0], torch.arange(self.num_steps - 1, device=self.device)
+        for out in self._walk(states, steps, condition, noise, "mean"):
+            states = out.next
+        return self.decode(self.denoise(states, self.timesteps[-1].expand(len(states)), condition))
