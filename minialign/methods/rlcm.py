@@ -64,7 +64,7 @@ def rebel_loss(
 
 
 def round_loss(policy, traj, rows: Tensor, advantages: Tensor, clip_range: float, config: Config):
-    """Loss and metrics of trajectories `rows` (n,) at all their steps: one network call. "rebel": the halves pair up."""
+    """Loss and metrics of trajectories `rows` (n,) at all their steps: one network call. "rebel": halves pair up."""
     places = torch.arange(traj.log_probs.shape[1], device=rows.device).expand(len(rows), -1)
     batch = traj.transitions(rows, places)
     out = policy.step(batch.states, batch.step, batch.condition, next=batch.next, reduction=config.reduction)

@@ -1,0 +1,161 @@
+"""The RLCM loop: what must not change the result, REBEL by hand, refusals."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minialign import worlds
+from minialign.loop import fit, load_checkpoint, save_checkpoint
+from minialign.methods import rlcm
+from minialign.policies.consistency import ConsistencyPolicy
+
+SMALL = rlcm.Config(
+    num_iterations=3, num_prompts=8, group_size=2, num_minibatches=2, learning_rate=3e-3, clip_range=0.1
+)
+VARIANTS = {"ppo": {}, "rebel": {"objective": "rebel"}, "terminal": {"terminal_std": 0.1}}
+
+
+def student(num_steps=4, dtype=torch.float64):
+    world = worlds.load("compass")
+    world.policy.network.to(dtype)
+    world.policy.to("cpu")
+    policy = ConsistencyPolicy.from_diffusion(world.policy, num_steps=num_steps)
+    policy.train_all_weights()
+    return world, policy
+
+
+def distance(samples, prompts):
+    """A smooth reward, so that every sample has an advantage of its own."""
+    return -(samples - 1).square().sum(1)
+
+
+def trained(config, seed=0, reward=distance, resume=None, keep=None):
+    """Weights after training an undistilled student in compass, in float64; `keep` collects the Steps."""
+    world, policy = student()
+    for step in rlcm.train(policy, reward, world.prompts, config, torch.Generator().manual_seed(seed), resume):
+        if keep is not None:
+            keep.append((step, step.checkpoint()))
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def test_rebel_by_hand():
+    log_ratio = torch.tensor([[0.3, 0.0], [0.1, -0.5]])
+    advantages = torch.tensor([[1.0, 0.0], [0.5, 2.0]])
+    # (2 * .2 - .5)^2 = .01 and (2 * .5 + 2)^2 = 9
+    assert rlcm.rebel_loss(log_ratio, advantages, eta=2.0).item() == pytest.approx(4.505)
+    explained = torch.stack([advantages[0] / 3, advantages[1] / 3])  # the log-ratio explains the advantages: no loss
+    assert rlcm.rebel_loss(explained, advantages, eta=3.0).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_rebel_sums_within_a_sample_and_pairs_samples_of_one_prompt():
+    """Sheet, trap 6: the authors' code sums over the minibatch, so its loss changes with the minibatch's size."""
+    _, policy = student()
+    with torch.no_grad():
+        traj = policy.rollout(["inner"] * 4 + ["outer"] * 4, generator=torch.Generator().manual_seed(0))
+    for p in policy.parameters():
+        p.data.add_(0.02)
+    config, advantages = dataclasses.replace(SMALL, objective="rebel"), torch.randn(8, dtype=torch.float64)
+    single = [
+        rlcm.round_loss(policy, traj, torch.tensor([i, i + 1]), advantages, 0.1, config)[0] for i in range(0, 8, 2)
+    ]
+    rows = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    together = rlcm.round_loss(policy, traj, rows, advantages, 0.1, config)[0]
+    torch.testing.assert_close(together, torch.stack(single).mean())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resuming_gives_the_uninterrupted_run(tmp_path, name):
+    config, steps = dataclasses.replace(SMALL, warmup_updates=5, **VARIANTS[name]), []
+    whole = trained(config, keep=steps)
+    save_checkpoint(steps[0][1], tmp_path / "c.safetensors")
+    rest = []
+    resumed = trained(config, seed=99, resume=load_checkpoint(tmp_path / "c.safetensors"), keep=rest)
+    assert torch.equal(whole, resumed) and [s.number for s, _ in rest] == [1, 2]
+    assert rest[-1][0].network_evaluations == steps[-1][0].network_evaluations
+    assert not torch.equal(whole, trained(dataclasses.replace(config, learning_rate=0.0)))
+
+
+def test_costs_are_counted():
+    """H calls a sample; 3 for each of the H - 1 transitions that are trained (H with terminal noise)."""
+    for std, per_sample in ((0.0, 4 + 3 * 3), (0.1, 4 + 3 * 4)):
+        world, policy = student()
+        config = dataclasses.replace(SMALL, terminal_std=std)
+        history = fit(rlcm.train(policy, distance, world.prompts, config), progress=False)
+        assert history["network_evaluations"] == [16 * per_sample * n for n in (1, 2, 3)]
+        assert history["reward_queries"] == [16, 32, 48]
+        assert policy.terminal_std == 0
+
+
+def test_the_learning_rate_falls_to_two_thirds():
+    """Adam's steps are proportional to its rate: compare the moves of the last round."""
+    moves = []
+    for fraction in (1.0, 0.5):
+        config = dataclasses.replace(SMALL, num_iterations=2, num_minibatches=1, final_lr_fraction=fraction)
+        steps = []
+        trained(config, keep=steps)
+        moves.append(
+            [torch.cat([v.flatten() for k, v in kept.items() if k.startswith("parameter")]) for _, kept in steps]
+        )
+    assert torch.equal(moves[0][0], moves[1][0])  # the first round has the full rate
+    full, reduced = (second - first for first, second in moves)
+    torch.testing.assert_close(reduced, 0.75 * full, atol=1e-12, rtol=1e-6)  # 1 - .5 / 2, half-way
+
+
+def test_a_constant_reward_moves_nothing():
+    start = trained(dataclasses.replace(SMALL, learning_rate=0.0))
+    for name in ("ppo", "terminal"):
+        config = dataclasses.replace(SMALL, **VARIANTS[name])
+        assert torch.equal(start, trained(config, reward=lambda samples, prompts: torch.full((len(samples),), 0.3)))
+
+
+def test_impossible_settings_are_refused():
+    world, policy = student()
+    for change, message in [
+        ({"objective": "dpo"}, "objective is 'dpo'; expected one of 'ppo', 'rebel'"),
+        ({"terminal_std": -0.1}, "terminal_std is -0.1"),
+        ({"objective": "rebel", "group_size": 3}, "two by two: give an even number"),
+        ({"objective": "rebel", "num_minibatches": 9}, "more than the 8 samples or pairs"),
+        ({"num_prompts": 0}, "num_prompts is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            next(rlcm.train(policy, distance, world.prompts, dataclasses.replace(SMALL, **change)))
+    one = student(num_steps=1)[1]
+    with pytest.raises(ValueError, match="num_steps = 1 has no stochastic step: one deterministic call"):
+        next(rlcm.train(one, distance, world.prompts, SMALL))
+    next(rlcm.train(one, distance, world.prompts, dataclasses.replace(SMALL, terminal_std=0.1)))  # now it has one
+
+
+TWO_PROCESSES = """
+import sys, dataclasses, torch
+from accelerate import PartialState
+state = PartialState(cpu=True)
+sys.path[:0] = [{folder!r}]
+from test_rlcm import SMALL, VARIANTS, trained
+found = {{}}
+for name in ("ppo", "rebel"):
+    steps = []
+    weights = trained(dataclasses.replace(SMALL, num_prompts=7, **VARIANTS[name]), keep=steps)
+    found[name] = (weights, steps[-1][0].row()["reward"], steps[-1][0].network_evaluations)
+if state.is_main_process:
+    torch.save(found, {out!r})
+state.destroy_process_group()
+"""
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    script, out = tmp_path / "two.py", str(tmp_path / "two.pt")
+    script.write_text(TWO_PROCESSES.format(folder=str(Path(__file__).parent), out=out))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (weights, reward, evaluations) in torch.load(out).items():
+        steps = []
+        one = trained(dataclasses.replace(SMALL, num_prompts=7, **VARIANTS[name]), keep=steps)
+        torch.testing.assert_close(weights, one, atol=1e-9, rtol=0)
+        assert reward == pytest.approx(steps[-1][0].row()["reward"], abs=1e-6)
+        assert evaluations == steps[-1][0].network_evaluations
