@@ -47,6 +47,11 @@ RECIPES = {
     ("rwr", "shapes"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
 }
+WEIGHTS_MADE_BY = {
+    "digits": "minialign.worlds.pretrain_digits",
+    "shapes": "minialign.worlds.pretrain_shapes",
+    "shapes_lcm": "minialign.pretrain_consistency",
+}
 EVALUATION_SAMPLES = 512
 KL_SAMPLES = 64
 LABELS = {
@@ -350,12 +355,12 @@ def command_run(args) -> int:
 
 
 def command_pretrain(args) -> int:
-    if args.name not in ("digits", "shapes"):
-        raise UserError(nearest("set of weights", args.name, ("digits", "shapes")))
+    if args.name not in WEIGHTS_MADE_BY:
+        raise UserError(nearest("set of weights", args.name, WEIGHTS_MADE_BY))
     from minialign.worlds.base import WEIGHTS
 
     out = Path(args.out) if args.out else WEIGHTS / args.name
-    importlib.import_module(f"minialign.worlds.pretrain_{args.name}").main(out, seed=args.seed)
+    importlib.import_module(WEIGHTS_MADE_BY[args.name]).main(out, seed=args.seed)
     return 0
 
 
@@ -536,7 +541,7 @@ def parser() -> argparse.ArgumentParser:
     run.set_defaults(function=command_run)
 
     pretrain = commands.add_parser("pretrain", help="remake shipped weights")
-    pretrain.add_argument("name", help="shapes or digits")
+    pretrain.add_argument("name", help=", ".join(WEIGHTS_MADE_BY))
     pretrain.add_argument("--out", help="folder (default: the shipped one)")
     pretrain.add_argument("--seed", type=int, default=0)
     pretrain.set_defaults(function=command_pretrain)

@@ -5,7 +5,7 @@ A diffusion model's probability-flow ODE carries each noisy point to one clean p
 one step of the ODE with the frozen teacher must not change its answer. With f(x, 0) = x the answers are tied to the
 data; without that boundary, or with the target's time wrong, any constant would do.
 
-    x_t = sqrt(a) x_0 + sqrt(1 - a) noise, t on the solver's grid       Config.solver_steps
+    x_t = sqrt(a) x_0 + sqrt(1 - a) noise, t on the solver's grid       solver_grid, of the LCMScheduler
     guided teacher, e_u + g (e_c - e_u), g ~ U                          guided_condition
     x_{t'}: one DDIM step of the teacher, eta = 0                       ddim_jump
     f_theta(x_t, t) against f_ema(x_{t'}, t'), no gradient              distillation_loss
@@ -32,7 +32,6 @@ from minialign.loop import Step, pack, timer, unpack
 class Config:
     num_iterations: int = 4000  # optimizer steps
     batch_size: int = 256
-    solver_steps: int = 50  # steps of the grid; the teacher jumps over 1000 / 50 = 20 training timesteps at once
     metric: str = "l2"  # "l2": squared error, mean over elements; "huber": sqrt(d^2 + c^2) - c
     huber_c: float = 0.001
     guidance_range: tuple[float, float] = (1.0, 1.0)  # of g, drawn for each sample; needs a guided teacher
@@ -96,9 +95,10 @@ def distillation_loss(
     policy, target, teacher, latents: Tensor, prompts: list[str], config: Config, generator: torch.Generator
 ) -> Tensor:
     """One batch's loss. latents (n, *latent) are data; `target` is the policy with the averaged weights."""
-    grid, grid_next = (t.to(policy.device) for t in solver_grid(config.solver_steps))
+    solver_steps = policy.scheduler.config.original_inference_steps
+    grid, grid_next = (t.to(policy.device) for t in solver_grid(solver_steps))
     alpha_bar = teacher.scheduler.alphas_cumprod.to(policy.device, latents.dtype)
-    n = torch.randint(config.solver_steps, (len(latents),), generator=generator).to(policy.device)
+    n = torch.randint(solver_steps, (len(latents),), generator=generator).to(policy.device)
     noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(policy.device)
     t, t_next = grid[n], grid_next[n]
     a = expand_as(alpha_bar[t], latents)

@@ -55,10 +55,13 @@ class ConsistencyPolicy(Policy):
         return policy
 
     @classmethod
-    def from_diffusion(cls, policy: Policy, *, num_steps: int = 4, guidance_dim: int | None = None):
+    def from_diffusion(
+        cls, policy: Policy, *, num_steps: int = 4, solver_steps: int = 50, guidance_dim: int | None = None
+    ):
         """The undistilled student of a diffusion policy: a copy of its network, asked for a whole jump.
 
-        Its f is the denoised guess, the mean of all that could follow. guidance_dim: give a UNet an embedding of the
+        Its f is the denoised guess, the mean of all that could follow. solver_steps: of the grid that it will be
+        distilled on, from which the sampler's timesteps are chosen. guidance_dim: give a UNet an embedding of the
         guidance scale of that size, zero at first (LatentConsistencyModelPipeline needs one).
         """
         from diffusers import LCMScheduler
@@ -68,9 +71,12 @@ class ConsistencyPolicy(Policy):
             network = type(network).from_config(network.config, time_cond_proj_dim=guidance_dim)
             network.load_state_dict(policy.network.state_dict(), strict=False)
             network.time_embedding.cond_proj.weight.data.zero_()
+        scheduler = LCMScheduler.from_config(
+            policy.scheduler.config, clip_sample=False, original_inference_steps=solver_steps
+        )
         student = cls(
-            network, LCMScheduler.from_config(policy.scheduler.config, clip_sample=False), num_steps=num_steps,
-            latent_shape=policy.latent_shape, encoder=policy._encoder, decoder=policy._decoder,
+            network, scheduler, num_steps=num_steps, latent_shape=policy.latent_shape, encoder=policy._encoder,
+            decoder=policy._decoder,
         )  # fmt: skip
         student.to(policy.device)
         return student

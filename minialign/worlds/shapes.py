@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minialign import show as pictures
+from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.rewards import clip_scorer
 from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly
@@ -405,6 +406,11 @@ def graded(samples: Tensor, prompts: Sequence) -> Float[Tensor, "batch"]:
 
 # ---- the world -------------------------------------------------------------------------------------------------------
 
+# the model's name: its folder of weights, its pipeline, how many steps it takes if nothing is said
+MODELS = {
+    "diffusion": ("shapes", "StableDiffusionPipeline", 8),
+    "consistency": ("shapes_lcm", "LatentConsistencyModelPipeline", 4),
+}
 PROMPTS = (
     "a red circle above a blue square",
     "a green triangle above a yellow circle",
@@ -440,27 +446,30 @@ def show(samples: Float[Tensor, "batch 3 h w"], prompts: Sequence[str], title: s
     return pictures.image_grid(samples, captions=list(prompts), good=oracle(samples, prompts).bool(), title=title)
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path, name: str = "shapes") -> None:
     """Raises FileNotFoundError, which says how to remake them, unless each file has its hash from `hashes.json`."""
     try:
         hashes = json.loads((folder / "hashes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise missing_weights("shapes", f"{folder / 'hashes.json'} cannot be read ({error})") from None
-    for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            raise missing_weights("shapes", f"{folder / name} is missing")
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-            raise missing_weights("shapes", f"{folder / name} is damaged (its sha256 is not the one in hashes.json)")
+        raise missing_weights(name, f"{folder / 'hashes.json'} cannot be read ({error})") from None
+    for file, expected in hashes.items():
+        if not (folder / file).is_file():
+            raise missing_weights(name, f"{folder / file} is missing")
+        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != expected:
+            raise missing_weights(name, f"{folder / file} is damaged (its sha256 is not the one in hashes.json)")
 
 
-def load_pipeline(folder: str | Path | None = None):
-    """The base model as a diffusers StableDiffusionPipeline, on the CPU."""
-    folder = WEIGHTS / "shapes" if folder is None else Path(folder)
-    check_weights(folder)
+def load_pipeline(folder: str | Path | None = None, model: str = "diffusion"):
+    """The base model as a StableDiffusionPipeline, or its twin as a LatentConsistencyModelPipeline, on the CPU."""
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r} of world 'shapes'. There are: {', '.join(MODELS)}.")
+    name, pipeline_class, _ = MODELS[model]
+    folder = WEIGHTS / name if folder is None else Path(folder)
+    check_weights(folder, name)
     with quietly():
-        from diffusers import StableDiffusionPipeline
+        import diffusers
 
-        pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        pipe = getattr(diffusers, pipeline_class).from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -481,20 +490,27 @@ def load_scorer(folder: str | Path | None = None) -> Callable[[Tensor, Sequence[
 
 def load(
     *,
-    num_steps: int = 8,
+    model: str = "diffusion",
+    num_steps: int | None = None,
     eta: float = 1.0,
     guidance_scale: float = 1.0,
     folder: str | Path | None = None,
 ) -> World:
     """The world of shapes, on the CPU, with the base model shipped or in `folder`.
 
-    `prompts` are eight relation prompts; `extras` holds sixteen others to test on, and all prompts of each kind.
+    model "diffusion": 8 steps if num_steps is None. "consistency": the twin, 4 calls, no eta. `prompts` are eight
+    relation prompts; `extras` holds sixteen others to test on, and all prompts of each kind.
     """
-    pipe = load_pipeline(folder)
-    scorer = load_scorer(folder)
+    pipe = load_pipeline(folder, model)
+    scorer = load_scorer(folder if model == "diffusion" else None)
+    settings = {"num_steps": num_steps or MODELS[model][2], "guidance_scale": guidance_scale}
+    if model == "diffusion":
+        policy = DiffusionPolicy.from_pipeline(pipe, eta=eta, **settings)
+    else:
+        policy = ConsistencyPolicy.from_pipeline(pipe, **settings)
     return World(
         name="shapes",
-        policy=DiffusionPolicy.from_pipeline(pipe, num_steps=num_steps, eta=eta, guidance_scale=guidance_scale),
+        policy=policy,
         prompts=list(PROMPTS),
         rewards={"graded": graded, "oracle": oracle, "scorer": scorer},
         default_reward="oracle",
