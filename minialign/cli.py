@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-METHODS = ("ddpo", "b2diffurl", "rwr")
+METHODS = ("ddpo", "b2diffurl", "rlcm", "rwr")
 REPOSITORY = Path(__file__).parent.parent
 
 # What each world needs to be trained in a minute or two on two cores: the sampler, the adapter, the method's settings.
@@ -27,6 +27,13 @@ WORLDS = {
     "compass": dict(num_steps=20),
     "ring": dict(num_steps=20),
     "line": dict(num_steps=20),
+}
+CONSISTENCY = {"rlcm": dict(num_steps=4)}  # methods for consistency models, and how many calls they sample with
+DISTILLATIONS = {
+    "digits": dict(num_iterations=800, batch_size=64, learning_rate=1e-3),
+    "compass": dict(num_iterations=4000, batch_size=256),
+    "ring": dict(num_iterations=4000, batch_size=256),
+    "line": dict(num_iterations=1000, batch_size=256),
 }
 B2_SMALL = dict(num_prompts=26, num_minibatches=2, num_epochs=1, steps_per_pass=6)
 B2_EXACT = dict(
@@ -44,6 +51,10 @@ RECIPES = {
     ("b2diffurl", "compass"): B2_EXACT | dict(last_window=10),
     ("b2diffurl", "ring"): B2_EXACT,
     ("b2diffurl", "line"): B2_EXACT,
+    ("rlcm", "shapes"): dict(num_iterations=40, learning_rate=3e-3, warmup_updates=10, num_minibatches=2),
+    ("rlcm", "digits"): dict(num_iterations=32, learning_rate=1e-3, num_minibatches=2),
+    ("rlcm", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
+    ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
     ("rwr", "shapes"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
 }
@@ -96,6 +107,8 @@ def settings(method: str, world: str, assignments: list[str], steps: int | None)
     module = importlib.import_module(f"minialign.methods.{method}")
     fields = {f.name: f for f in dataclasses.fields(module.Config)}
     world_settings = dict(eta=1.0, guidance_scale=1.0, lora_rank=16) | WORLDS[world]
+    if method in CONSISTENCY:
+        world_settings = {k: v for k, v in world_settings.items() if k != "eta"} | CONSISTENCY[method]
     chosen = dict(RECIPES.get((method, world), {}))
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
@@ -112,17 +125,52 @@ def settings(method: str, world: str, assignments: list[str], steps: int | None)
     return world_settings, module.Config(**chosen)
 
 
-def load_world(name: str, world_settings: dict):
+def load_world(name: str, world_settings: dict, method: str = "ddpo"):
     """The world with its policy ready to train: a LoRA adapter, or the residual of an exact world."""
     from minialign import worlds
     from minialign.policies.diffusion import EVERYWHERE
 
+    if method in CONSISTENCY:
+        return load_consistency_world(name, world_settings)
     sampler = {k: v for k, v in world_settings.items() if k != "lora_rank"}
     if name in ("compass", "ring", "line"):
         sampler = {k: v for k, v in sampler.items() if k != "guidance_scale"}
     world = worlds.load(name, **sampler)
     if not hasattr(world.policy.network, "reference_forward"):
         world.policy.add_lora(rank=world_settings["lora_rank"], target_modules=EVERYWHERE)
+    return world
+
+
+def load_consistency_world(name: str, world_settings: dict):
+    """The world with a consistency policy: the shipped twin of shapes; elsewhere a student, distilled here and now."""
+    import torch
+
+    from minialign import loop, worlds
+    from minialign.methods import consistency_distillation
+    from minialign.policies.consistency import ConsistencyPolicy
+    from minialign.policies.diffusion import EVERYWHERE
+
+    num_steps, guidance_scale = world_settings["num_steps"], world_settings["guidance_scale"]
+    if name == "shapes":
+        world = worlds.load(name, model="consistency", num_steps=num_steps, guidance_scale=guidance_scale)
+        world.policy.add_lora(rank=world_settings["lora_rank"], target_modules=EVERYWHERE)
+        return world
+    world = worlds.load(name)
+    student = ConsistencyPolicy.from_diffusion(world.policy, num_steps=num_steps)
+
+    def data(n: int, generator):
+        samples, prompts = world.real(n, generator)
+        return world.extras.get("encode", lambda samples: samples)(samples), prompts
+
+    config = consistency_distillation.Config(**DISTILLATIONS[name])
+    print(f"distilling a consistency model of {name} ({config.num_iterations} updates) ...", file=sys.stderr)
+    generator = torch.Generator().manual_seed(0)
+    loop.fit(consistency_distillation.train(student, world.policy, data, config, generator), progress=False)
+    if hasattr(student.network, "reference_forward"):
+        student.train_all_weights()
+    else:
+        student.add_lora(rank=world_settings["lora_rank"], target_modules=EVERYWHERE)
+    world.policy = student
     return world
 
 
@@ -339,7 +387,7 @@ def print_table(summary: dict, folder: Path) -> None:
 def command_run(args) -> int:
     started = time.monotonic()
     run = prepare(args)
-    world = load_world(run["world"], run["world_settings"])
+    world = load_world(run["world"], run["world_settings"], run["method"])
     run["reward"], reward = choose_reward(world, run["reward"])
     before = evaluate(world, reward, run["seed"])
     world.policy.network_evaluations = 0
@@ -454,7 +502,13 @@ def b2diffurl_passes(policy, config, metrics: dict) -> tuple[list[int], list[int
     return forward, [kept * min(config.steps_per_pass, window - first) for first in passes] * config.num_epochs
 
 
-PASSES = {"ddpo": ddpo_passes, "b2diffurl": b2diffurl_passes}
+def rlcm_passes(policy, config, metrics: dict) -> tuple[list[int], list[int]]:
+    """H calls of the round's rows, and forward and backward passes of its H - 1 transitions, minibatch by minibatch."""
+    rows, actions = config.num_prompts * config.group_size, policy.num_steps - (config.terminal_std == 0)
+    return [rows] * policy.num_steps, [rows // config.num_minibatches * actions] * config.num_minibatches
+
+
+PASSES = {"ddpo": ddpo_passes, "b2diffurl": b2diffurl_passes, "rlcm": rlcm_passes}
 
 
 def bench_row(method_name: str, world_name: str, rounds: int, device: str) -> dict:
@@ -465,7 +519,7 @@ def bench_row(method_name: str, world_name: str, rounds: int, device: str) -> di
 
     method = importlib.import_module(f"minialign.methods.{method_name}")
     world_settings, config = settings(method_name, world_name, [], rounds + 1)
-    world = load_world(world_name, world_settings)
+    world = load_world(world_name, world_settings, method_name)
     if device != "cpu":
         world.policy.to(device)
 

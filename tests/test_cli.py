@@ -168,7 +168,7 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
     assert images.shape == (1, 3, 32, 32)
 
 
-def test_bench_stores_its_rows(tmp_path, capsys):
+def test_bench_stores_its_rows(tmp_path, capsys, quick_distillation):
     assert cli.main(["bench", "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())
     assert [row["method"] for row in rows] == list(cli.PASSES)
@@ -179,14 +179,35 @@ def test_bench_stores_its_rows(tmp_path, capsys):
     assert cli.main(["bench", "--methods", "rvr"]) == 2
 
 
+@pytest.fixture
+def quick_distillation(monkeypatch):
+    monkeypatch.setitem(cli.DISTILLATIONS, "compass", dict(num_iterations=3, batch_size=16))
+
+
+def test_rlcm_on_a_world_without_a_twin_distils_one_first(tmp_path, capsys, quick_distillation):
+    run = ["run", "rlcm", "--world", "compass", "--steps", "2", "--out", "r", "--quiet"]
+    assert cli.main(run) == 0
+    assert "distilling a consistency model of compass" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["network_evaluations"] == 2 * 256 * (4 + 3 * 3)  # the distillation is not charged to training
+    assert cli.main(["run", "--resume", "r", "--steps", "3", "--quiet"]) == 0
+    assert cli.main([*run[:-1], "--set", "num_steps=1", "--out", "s"]) == 2
+    assert "num_steps = 1 has no stochastic step" in capsys.readouterr().err and not (tmp_path / "s").exists()
+    assert cli.main([*run, "--set", "eta=0.5", "--out", "t"]) == 2  # a consistency sampler has no eta
+
+
 @pytest.mark.parametrize("method", cli.PASSES)
-def test_the_floor_has_the_networks_rows_of_a_step(method):
+def test_the_floor_has_the_networks_rows_of_a_step(method, quick_distillation):
     """The rows of the floor's passes, backward ones counted thrice, are the step's own network evaluations."""
     config = importlib.import_module(f"minialign.methods.{method}").Config
-    config = config(num_iterations=2, num_prompts=6, num_minibatches=1, steps_per_pass=2, **({
-        "ddpo": dict(group_size=2), "b2diffurl": dict(num_branches=3, first_window=2, last_window=3),
+    config = config(num_iterations=2, num_prompts=6, num_minibatches=1, **({
+        "ddpo": dict(group_size=2, steps_per_pass=2),
+        "b2diffurl": dict(num_branches=3, first_window=2, last_window=3, steps_per_pass=2),
+        "rlcm": dict(group_size=2),
     }[method]))  # fmt: skip
-    world = cli.load_world("compass", dict(num_steps=5, eta=1.0, lora_rank=1))
+    sampler = dict(guidance_scale=1.0) if method in cli.CONSISTENCY else dict(eta=1.0)
+    world = cli.load_world("compass", dict(num_steps=5, lora_rank=1, **sampler), method)
+    world.policy.network_evaluations = 0
     train = importlib.import_module(f"minialign.methods.{method}").train
     spent = 0
     for step in train(world.policy, lambda samples, prompts: samples[:, 0], world.prompts, config):
