@@ -286,6 +286,70 @@ def test_rewards_pass_the_border_check(world, generator):
     assert world.default_reward in world.rewards
 
 
+# ---- the consistency twin --------------------------------------------------------------------------------------------
+
+TWIN = WEIGHTS / "shapes_lcm"
+
+
+@pytest.fixture(scope="module")
+def twin():
+    return worlds.load("shapes", model="consistency")
+
+
+def test_the_twin_is_a_latent_consistency_pipeline_that_draws_what_the_policy_draws(twin):
+    from diffusers import LatentConsistencyModelPipeline
+
+    pipe = LatentConsistencyModelPipeline.from_pretrained(TWIN, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    prompts, policy = spread("single", 12), twin.policy
+    assert policy.num_steps == 4 and policy.pipeline.unet.config.time_cond_proj_dim == policy.guidance_dim
+    noise = torch.randn(12, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    settings = dict(num_inference_steps=4, guidance_scale=1.0, output_type="pt", height=32, width=32)
+    theirs = pipe(prompts, latents=noise.clone(), generator=torch.Generator().manual_seed(1), **settings).images
+    generator = torch.Generator().manual_seed(1)
+    later = [torch.randn(noise.shape, generator=generator) for _ in range(4)]
+    ours = policy.sample(prompts, torch.stack([noise, *later], 1))
+    assert (theirs - ours).abs().max() < 1e-4
+
+
+def test_the_twin_shares_encoder_and_autoencoder_and_is_small(world):
+    hashes = [json.loads((folder / "hashes.json").read_text()) for folder in (FOLDER, TWIN)]
+    for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        assert hashes[0][part] == hashes[1][part]
+    assert sum(path.stat().st_size for path in TWIN.rglob("*") if path.is_file()) < 4e6
+
+
+def test_with_two_calls_the_twin_draws_objects_and_its_undistilled_student_does_not(world, twin):
+    from minialign.policies.consistency import ConsistencyPolicy
+
+    prompts, generator = spread("single", 96), torch.Generator()
+    untrained = ConsistencyPolicy.from_diffusion(world.policy, num_steps=2)
+    twin.policy.set_num_steps(2)
+    right = [
+        float(shapes.oracle(policy.sample(prompts, generator=generator.manual_seed(3)), prompts).mean())
+        for policy in (twin.policy, untrained)
+    ]
+    twin.policy.set_num_steps(4)
+    assert right[0] > 0.7 and right[1] < 0.6  # the card: about .9 and .4; 96 samples, standard error .05
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match="unknown model 'lcm' of world 'shapes'"):
+        shapes.load(model="lcm")
+    with pytest.raises(FileNotFoundError, match="minialign pretrain shapes_lcm"):
+        shapes.load(model="consistency", folder="nowhere")
+
+
+def test_the_twins_recipe_writes_a_loadable_folder(tmp_path):
+    from minialign import pretrain_consistency
+
+    short = pretrain_consistency.Recipe(num_scenes=48, num_iterations=2, batch_size=4, num_samples=8)
+    rows = pretrain_consistency.main(tmp_path / "out", seed=3, recipe=short, report=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {name for name, _, _ in rows} == {"teacher, eta 0", "teacher, eta 1", "undistilled", "student"}
+    assert shapes.load(model="consistency", folder=tmp_path / "out").policy.num_steps == 4
+
+
 # ---- damaged weights -------------------------------------------------------------------------------------------------
 
 
