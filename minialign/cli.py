@@ -28,7 +28,8 @@ WORLDS = {
     "ring": dict(num_steps=20),
     "line": dict(num_steps=20),
 }
-CONSISTENCY = {"rlcm": dict(num_steps=4)}  # methods for consistency models, and how many calls they sample with
+CONSISTENCY = ("rlcm",)  # methods for consistency models
+CALLS = {"shapes": dict(num_steps=4, guidance_scale=2.5)}  # how those are sampled; elsewhere 4 calls without guidance
 DISTILLATIONS = {
     "digits": dict(num_iterations=800, batch_size=64, learning_rate=1e-3),
     "compass": dict(num_iterations=4000, batch_size=256),
@@ -51,7 +52,7 @@ RECIPES = {
     ("b2diffurl", "compass"): B2_EXACT | dict(last_window=10),
     ("b2diffurl", "ring"): B2_EXACT,
     ("b2diffurl", "line"): B2_EXACT,
-    ("rlcm", "shapes"): dict(num_iterations=40, learning_rate=3e-3, warmup_updates=10, num_minibatches=2),
+    ("rlcm", "shapes"): dict(num_iterations=30, learning_rate=2e-3, final_lr_fraction=0.1, warmup_updates=20),
     ("rlcm", "digits"): dict(num_iterations=32, learning_rate=1e-3, num_minibatches=2),
     ("rlcm", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
     ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
@@ -108,7 +109,7 @@ def settings(method: str, world: str, assignments: list[str], steps: int | None)
     fields = {f.name: f for f in dataclasses.fields(module.Config)}
     world_settings = dict(eta=1.0, guidance_scale=1.0, lora_rank=16) | WORLDS[world]
     if method in CONSISTENCY:
-        world_settings = {k: v for k, v in world_settings.items() if k != "eta"} | CONSISTENCY[method]
+        world_settings = {k: v for k, v in world_settings.items() if k != "eta"} | CALLS.get(world, dict(num_steps=4))
     chosen = dict(RECIPES.get((method, world), {}))
     for assignment in assignments:
         name, separator, text = assignment.partition("=")

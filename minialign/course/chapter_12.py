@@ -265,8 +265,8 @@ QUESTIONS = [
         why={
             "a": "The network can be called at any level. Was it trained to agree with itself there?",
             "b": "Fewer calls are faster, whatever the training was.",
-            "c": "Yes: reinforcement learning changed f at the levels that it visited, and self-consistency was no part "
-            "of the reward.",
+            "c": "Yes: reinforcement learning changed f at the levels that it visited, and self-consistency was not "
+            "part of the reward.",
         },
     ),
 ]

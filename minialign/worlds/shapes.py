@@ -317,6 +317,8 @@ def read_objects(samples: Float[Tensor, "batch 3 h w"]) -> Objects:
     row = torch.tensor([where[0].start for where in slices], dtype=torch.long)
     number = torch.arange(1, n + 1)
     keep = area >= MIN_AREA
+    if not keep.any():  # specks alone
+        return Objects(image[:0], plane[:0], plane[:0], torch.zeros(0, 2))
     row, number = row[keep], number[keep]
     image, plane = image[row], plane[row]
     foreign = plane == len(COLOURS)
@@ -406,10 +408,10 @@ def graded(samples: Tensor, prompts: Sequence) -> Float[Tensor, "batch"]:
 
 # ---- the world -------------------------------------------------------------------------------------------------------
 
-# the model's name: its folder of weights, its pipeline, how many steps it takes if nothing is said
+# the model's name: its folder of weights, its pipeline, its sampler if nothing is said
 MODELS = {
-    "diffusion": ("shapes", "StableDiffusionPipeline", 8),
-    "consistency": ("shapes_lcm", "LatentConsistencyModelPipeline", 4),
+    "diffusion": ("shapes", "StableDiffusionPipeline", dict(num_steps=8, guidance_scale=1.0)),
+    "consistency": ("shapes_lcm", "LatentConsistencyModelPipeline", dict(num_steps=4, guidance_scale=2.5)),
 }
 PROMPTS = (
     "a red circle above a blue square",
@@ -493,17 +495,19 @@ def load(
     model: str = "diffusion",
     num_steps: int | None = None,
     eta: float = 1.0,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     folder: str | Path | None = None,
 ) -> World:
     """The world of shapes, on the CPU, with the base model shipped or in `folder`.
 
-    model "diffusion": 8 steps if num_steps is None. "consistency": the twin, 4 calls, no eta. `prompts` are eight
+    model "diffusion": 8 steps, no guidance, if nothing else is said. "consistency": the twin, 4 calls, the guidance 2.5
+    that was distilled into it, no eta. `prompts` are eight
     relation prompts; `extras` holds sixteen others to test on, and all prompts of each kind.
     """
     pipe = load_pipeline(folder, model)
     scorer = load_scorer(folder if model == "diffusion" else None)
-    settings = {"num_steps": num_steps or MODELS[model][2], "guidance_scale": guidance_scale}
+    given = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+    settings = MODELS[model][2] | {name: value for name, value in given.items() if value is not None}
     if model == "diffusion":
         policy = DiffusionPolicy.from_pipeline(pipe, eta=eta, **settings)
     else:

@@ -5,10 +5,11 @@ deep      "a red circle" should be drawn in a deep red: 1 if its ink is darker t
           the left, by 0.4 times a number from -1 to 1; the place is decided early (1 % in the last 5).
 relation  "a red circle above a blue square", the strict oracle alone; decided early (18 % in the last 4 of 6 steps).
 
-All five methods are one `Config` with its switches set, at equal reward queries a stage. One LoRA is shared by all
-steps. relation: the settings of `minialign run ddpo`, to the end. deep: with those, updates on the few images that
-branching keeps were mostly noise (the objects themselves dissolved), so stages are twice as large, the learning rate a
-third, one minibatch, for all methods; each run stops when it reaches the target.
+All five methods are one `Config` with its switches set, at equal reward queries. One LoRA is shared by all steps. The
+settings are `minialign run ddpo`'s (learning rate, warm-up, two minibatches, one pass), which suits DDPO: branching
+keeps some twenty images a stage, and updates on so few are noisy. With stages twice as large and a third of the
+learning rate (seed 0 alone) the objects stay whole, and B2-DiffuRL reaches .6 on deep with 66k (branch-relative) or 96k
+evaluations and an entropy of places of .99 or .94, DDPO with 131k and .93.
 
 Run by `minialign replicate b2diffurl_shapes` (about 25 minutes on two cores).
 """
@@ -26,20 +27,15 @@ from minialign.methods import b2diffurl
 from minialign.policies.diffusion import EVERYWHERE
 from minialign.worlds.shapes import PAPER
 
-SEEDS = 3
+SEEDS = {"deep": 5, "relation": 3}
 TARGET = 0.6  # of "deep"; the base model has .3 by construction
 EXAMINED = 256  # samples, every third stage, not charged
 SINGLES = ["a red circle", "a blue square", "a green triangle", "a yellow circle"]
+STAGE = dict(num_prompts=26, num_branches=5, learning_rate=3e-3, warmup_updates=10, num_minibatches=2, num_epochs=1)
 TASKS = {
-    "deep": dict(
-        num_steps=8, num_iterations=36, first_window=3, last_window=5, num_prompts=52, learning_rate=1e-3,
-        num_minibatches=1, num_epochs=2,
-    ),
-    "relation": dict(
-        num_steps=6, num_iterations=40, first_window=4, last_window=6, num_prompts=26, learning_rate=3e-3,
-        num_minibatches=2, num_epochs=1,
-    ),
-}  # fmt: skip
+    "deep": dict(num_steps=8, num_iterations=36, first_window=3, last_window=5),
+    "relation": dict(num_steps=6, num_iterations=40, first_window=4, last_window=6),
+}
 
 
 def place_and_shade(images):
@@ -82,7 +78,7 @@ def shapes_run(task: str, method: str, seed: int) -> dict:
     aim, reward = deep_and_left(policy) if task == "deep" else (world.oracle, world.oracle)
     prompts = SINGLES if task == "deep" else world.prompts
     policy.add_lora(rank=16, target_modules=EVERYWHERE)
-    config = b2diffurl.Config(**settings, warmup_updates=10, steps_per_pass=2, **METHODS[method])
+    config = b2diffurl.Config(**STAGE, **settings, steps_per_pass=policy.num_steps, **METHODS[method])
     noise = policy.draw_noise(EXAMINED, torch.Generator().manual_seed(5_000 + seed))
     asked, curve = [prompts[i % len(prompts)] for i in range(EXAMINED)], []
 
@@ -97,14 +93,12 @@ def shapes_run(task: str, method: str, seed: int) -> dict:
     for step in b2diffurl.train(policy, reward, prompts, config, torch.Generator().manual_seed(seed)):
         if step.number % 3 == 2 or step.number + 1 == config.num_iterations:
             examine(step.reward_queries, step.network_evaluations)
-            if task == "deep" and curve[-1][2] >= TARGET:
-                break
     return {"task": task, "method": method, "seed": seed, "curve": curve}
 
 
 def replicate() -> dict:
     os.environ["OMP_NUM_THREADS"] = "1"
-    jobs = [(task, method, seed) for task in TASKS for seed in range(SEEDS) for method in METHODS]
+    jobs = [(task, method, seed) for task in TASKS for seed in range(SEEDS[task]) for method in METHODS]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         return verdict(list(pool.map(shapes_run, *zip(*jobs, strict=True))))
 
@@ -115,7 +109,7 @@ def first_at(curve: list, target: float):
 
 
 def verdict(runs: list[dict]) -> dict:
-    """At equal alignment on "deep": entropy of places, network evaluations, queries. The last scores of everything."""
+    """At equal alignment on "deep": entropy of places, network evaluations, queries. Final scores of everything."""
 
     def curves(task: str, method: str) -> list:
         return [r["curve"] for r in runs if r["task"] == task and r["method"] == method]
@@ -156,5 +150,5 @@ def verdict(runs: list[dict]) -> dict:
     passed = all(b["passed"] for b in bars if b["claimed"])
     return {
         "name": "B2-DiffuRL on shapes", "verdict": "replicates" if passed else "does not replicate in miniature",
-        "seeds": SEEDS, "bars": bars, "table": table, "runs": runs,
+        "seeds": SEEDS["deep"], "bars": bars, "table": table, "runs": runs,
     }  # fmt: skip

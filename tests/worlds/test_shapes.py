@@ -196,6 +196,12 @@ def test_blobs_rings_and_foreign_colours_are_no_shapes():
     assert false_facts(beside, "a red circle") == ["1 in all"]
 
 
+def test_a_picture_of_specks_has_no_object():
+    speck = torch.tensor(shapes.PAPER).view(1, 3, 1, 1).repeat(1, 1, 32, 32)
+    speck[0, :, 5, 5:7] = torch.tensor(shapes.COLOURS["red"]).view(3, 1)  # two pixels; objects have at least MIN_AREA
+    assert shapes.oracle(speck, ["a red circle"]).tolist() == [0.0]
+
+
 def test_an_empty_picture_and_noise_have_no_right_object(generator):
     paper = torch.tensor(shapes.PAPER).view(1, 3, 1, 1).expand(2, 3, 32, 32)
     assert len(shapes.read_objects(paper).image) == 0
@@ -304,7 +310,7 @@ def test_the_twin_is_a_latent_consistency_pipeline_that_draws_what_the_policy_dr
     prompts, policy = spread("single", 12), twin.policy
     assert policy.num_steps == 4 and policy.pipeline.unet.config.time_cond_proj_dim == policy.guidance_dim
     noise = torch.randn(12, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    settings = dict(num_inference_steps=4, guidance_scale=1.0, output_type="pt", height=32, width=32)
+    settings = dict(num_inference_steps=4, guidance_scale=2.5, output_type="pt", height=32, width=32)
     theirs = pipe(prompts, latents=noise.clone(), generator=torch.Generator().manual_seed(1), **settings).images
     generator = torch.Generator().manual_seed(1)
     later = [torch.randn(noise.shape, generator=generator) for _ in range(4)]
@@ -343,10 +349,14 @@ def test_an_unknown_model_is_refused():
 def test_the_twins_recipe_writes_a_loadable_folder(tmp_path):
     from minialign import pretrain_consistency
 
-    short = pretrain_consistency.Recipe(num_scenes=48, num_iterations=2, batch_size=4, num_samples=8)
+    short = pretrain_consistency.Recipe(
+        num_scenes=48, num_iterations=2, guided_iterations=2, batch_size=4, num_samples=8
+    )
     rows = pretrain_consistency.main(tmp_path / "out", seed=3, recipe=short, report=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert {name for name, _, _ in rows} == {"teacher, eta 0", "teacher, eta 1", "undistilled", "student"}
+    assert {name for name, _, _ in rows} == {
+        "teacher, eta 0", "teacher, eta 1", "teacher, eta 0, guidance 2.5", "undistilled", "student",
+    }  # fmt: skip
     assert shapes.load(model="consistency", folder=tmp_path / "out").policy.num_steps == 4
 
 
