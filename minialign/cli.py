@@ -52,7 +52,7 @@ RECIPES = {
     ("b2diffurl", "compass"): B2_EXACT | dict(last_window=10),
     ("b2diffurl", "ring"): B2_EXACT,
     ("b2diffurl", "line"): B2_EXACT,
-    ("rlcm", "shapes"): dict(num_iterations=30, learning_rate=2e-3, final_lr_fraction=0.1, warmup_updates=20),
+    ("rlcm", "shapes"): dict(num_iterations=36, learning_rate=2e-3, final_lr_fraction=0.1, warmup_updates=20),
     ("rlcm", "digits"): dict(num_iterations=32, learning_rate=1e-3, num_minibatches=2),
     ("rlcm", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
     ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),

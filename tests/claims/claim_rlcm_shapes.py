@@ -5,7 +5,7 @@ compressibility and incompressibility (JPEG size), the contrastive scorer, and t
 run one after the other in one process, so that their seconds can be compared. DDPO at 6 steps is the cheap baseline: at
 the papers' 50 it would cost eight times as much.
 
-Run by `minialign replicate rlcm_shapes` (about 15 minutes on two cores).
+Run by `minialign replicate rlcm_shapes` (about 10 minutes on two cores).
 """
 
 import os
@@ -20,8 +20,8 @@ from minialign.measure import diversity, mean_ci, paired_difference
 
 SEEDS = 3
 EXAMINED = 256  # samples, every fourth round, not charged
-ROUNDS = {"oracle": {"ddpo": 50, "rlcm": 40}}  # of 128 queries; the other rewards take 24 of each
-FEW = {"ddpo": 24, "rlcm": 24}
+ROUNDS = {"oracle": {"ddpo": 50, "rlcm": 36}}  # of 128 queries; the other rewards take 16 of each
+FEW = {"ddpo": 16, "rlcm": 16}
 TASKS = ("oracle", "scorer", "compressibility", "incompressibility")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minialign import kernels
-from minialign.methods import b2diffurl
+from minialign.methods import b2diffurl, consistency_distillation, rlcm
 
 N = 5
 
@@ -54,10 +54,30 @@ CASES = {
     "kl_k2": (lambda u: kernels.kl_k2(u), (LOG_P,)),
     "kl_k3": (lambda u: kernels.kl_k3(u), (LOG_P,)),
 }
+TIMESTEPS = torch.tensor([0, 1, 19, 499, 999])
+CASES |= {
+    "boundary_scalings": (lambda t: kernels.boundary_scalings(t), (TIMESTEPS,)),
+    "consistency_function": (lambda o, x, a, t: kernels.consistency_function(o, x, a, t), (X, Y, A, TIMESTEPS)),
+    "consistency_step samples": (
+        lambda f, a, s: kernels.consistency_step(f, a, s, reduction="mean", noise=Z), (X, A_NEXT, STD)
+    ),
+    "consistency_step scores": (
+        lambda f, a, s: kernels.consistency_step(f, a, s, reduction="sum", next=Z), (X, A_NEXT, STD)
+    ),
+    "guidance_embedding": (lambda w: kernels.guidance_embedding(w, 9), (REWARDS,)),
+    "lcm_guidance": (lambda g: kernels.lcm_guidance(g), (REWARDS,)),
+    "diffusers_guidance": (lambda w: kernels.diffusers_guidance(w), (REWARDS,)),
+}  # fmt: skip
 Z_SCORES = random(4, 3, seed=7)
 KERNELS_OF_METHODS = {
     "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
     "b2diffurl.select_extremes": (lambda z: b2diffurl.select_extremes(z, 0.5, -0.5), (Z_SCORES,)),
+    "rlcm.rebel_loss": (lambda u, a: rlcm.rebel_loss(u, a, 0.7), (Z_SCORES[:2], Z_SCORES[2:])),
+    "consistency_distillation.ddim_jump": (
+        lambda o, x, a, b: consistency_distillation.ddim_jump(o, x, a, b),
+        (X, Y, A, A_NEXT),
+    ),
+    "consistency_distillation.distance": (lambda x, y: consistency_distillation.distance(x, y, "huber"), (X, Y)),
     "b2diffurl.pairwise_loss": (lambda p, q: b2diffurl.pairwise_loss(p, q, 0.7), (LOG_P, LOG_Q)),
 }
 CASES |= KERNELS_OF_METHODS
@@ -73,7 +93,7 @@ def _annotations_off():
 
 
 def test_every_kernel_has_a_case():
-    helpers = {"StepOut", "at_least_float32", "expand_as"}
+    helpers = {"StepOut", "at_least_float32", "expand_as", "lcm_timesteps"}
     assert {name.split()[0] for name in CASES.keys() - KERNELS_OF_METHODS.keys()} == set(kernels.__all__) - helpers
 
 
