@@ -63,13 +63,13 @@ def replicate() -> dict:
         return verdict(list(pool.map(shapes_run, *zip(*jobs, strict=True))))
 
 
-def first_at(curve: list, target: float) -> list[float] | None:
-    """The first point whose reward is at least the target, or None."""
-    return next((point for point in curve if point[3] >= target), None)
+def mean_curve(curves: list) -> list[list[float]]:
+    """The mean over seeds of curves that were examined at the same rounds."""
+    return torch.tensor(curves, dtype=torch.float64).mean(0).tolist()
 
 
 def verdict(runs: list[dict]) -> dict:
-    """RLCM at the reward that DDPO ends with: costs on three axes. A seed that never gets there counts as a failure."""
+    """RLCM's costs when its mean reward over seeds passes what DDPO's mean ends with, on three axes."""
     bars, table = [], {}
     for task in TASKS:
         pairs = [r["curves"] for r in runs if r["task"] == task]
@@ -77,28 +77,26 @@ def verdict(runs: list[dict]) -> dict:
             end = zip(*(pair[method][-1] for pair in pairs), strict=True)
             names = ("queries", "network_evaluations", "seconds", "reward", "oracle", "diversity")
             table[f"{task}, {method}"] = {name: str(mean_ci(values)) for name, values in zip(names, end, strict=True)}
-        gain = paired_difference(*([pair[m][-1][3] - pair[m][0][3] for pair in pairs] for m in ("rlcm", "ddpo")))
-        bars.append(
-            bar(f"{task}: gain in reward at the end, RLCM minus DDPO", gain, ">= 0", gain.mean >= 0, claimed=False)
-        )
-        reached = [first_at(pair["rlcm"], pair["ddpo"][-1][3]) for pair in pairs]
-        count = sum(point is not None for point in reached)
         claimed = task == "oracle"
-        bars.append(bar(
-            f"{task}: seeds in which RLCM reaches DDPO's last reward", float(count), str(len(pairs)),
-            count == len(pairs), claimed,
-        ))  # fmt: skip
-        if count < len(pairs):
+        gain = paired_difference(*([pair[m][-1][3] - pair[m][0][3] for pair in pairs] for m in ("rlcm", "ddpo")))
+        bars.append(bar(f"{task}: gain in reward at the end, RLCM minus DDPO", gain, ">= 0", gain.mean >= 0, claimed))
+        ddpo = mean_curve([pair["ddpo"] for pair in pairs])[-1]
+        passing = [point for point in mean_curve([pair["rlcm"] for pair in pairs]) if point[3] >= ddpo[3]]
+        if not passing or passing[0][0] == 0:  # never, or before the first round: nothing to compare
+            where = "never" if not passing else "before training"
+            bars.append(
+                bar(f"{task}: RLCM passes DDPO's last mean reward", 0.0, f"in training ({where})", False, claimed)
+            )
             continue
         for column, name, most in (
             (2, "seconds", 1 / 3),
             (1, "network evaluations", 1 / 3),
             (0, "reward queries", 1.0),
         ):
-            share = sum(point[column] for point in reached) / sum(pair["ddpo"][-1][column] for pair in pairs)
+            share = passing[0][column] / ddpo[column]
             bars.append(bar(
-                f"{task}: {name} to DDPO's last reward, RLCM over DDPO", share, f"<= {most:.2g}", share <= most,
-                claimed and column > 0,
+                f"{task}: {name} to DDPO's last mean reward, RLCM over DDPO", share, f"<= {most:.2g}", share <= most,
+                claimed,
             ))  # fmt: skip
     passed = all(b["passed"] for b in bars if b["claimed"])
     return {
