@@ -47,7 +47,7 @@ class Config:
     last_window: int | None = None  # at the last stages; None: all steps
     advantage: str = "global"  # "global": z-score of the prompt (authors' code); "branch": less its branch's mean
     select: str = "extremes"  # "extremes": best and worst of a branch, past the thresholds; "all"
-    positive_threshold: float = 0.5  # the best is kept from here up, in standard deviations
+    positive_threshold: float = 0.5  # the best is kept from here up; of z, or of the branch-relative z
     negative_threshold: float = -0.5  # the worst is kept below
     history_stages: int = 8  # earlier stages whose rewards enter a prompt's mean and std, beside the current one
     objective: str = "clip"  # "clip": DDPO's clipped surrogate; "pairwise": best against worst (with "extremes")

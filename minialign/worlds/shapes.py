@@ -501,8 +501,8 @@ def load(
     """The world of shapes, on the CPU, with the base model shipped or in `folder`.
 
     model "diffusion": 8 steps, no guidance, if nothing else is said. "consistency": the twin, 4 calls, the guidance 2.5
-    that was distilled into it, no eta. `prompts` are eight
-    relation prompts; `extras` holds sixteen others to test on, and all prompts of each kind.
+    that was distilled into it, no eta. `prompts` are eight relation prompts; `extras` holds sixteen others to test on,
+    and all prompts of each kind.
     """
     pipe = load_pipeline(folder, model)
     scorer = load_scorer(folder if model == "diffusion" else None)
