@@ -231,6 +231,12 @@ def main(
     pipe = pipeline(teacher, student)
     pipe.save_pretrained(partial)
     student.network.half().save_pretrained(partial / "unet")
+    for config in partial.rglob(
+        "config.json"
+    ):  # diffusers notes where a module was loaded from: nobody else's business
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     files = sorted(partial.rglob("*.safetensors"))
     hashes = {p.relative_to(partial).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     (partial / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")

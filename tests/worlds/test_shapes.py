@@ -323,6 +323,7 @@ def test_the_twin_shares_encoder_and_autoencoder_and_is_small(world):
     for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert hashes[0][part] == hashes[1][part]
     assert sum(path.stat().st_size for path in TWIN.rglob("*") if path.is_file()) < 4e6
+    assert not any("_name_or_path" in path.read_text() for path in TWIN.rglob("config.json"))
 
 
 def test_with_two_calls_the_twin_draws_objects_and_its_undistilled_student_does_not(world, twin):
