@@ -1,4 +1,6 @@
-"""Exercises of chapter 12: the action of a consistency sampler, what its last call learns, REBEL, the break-even."""
+"""Exercises of chapter 12: a consistency sampler's action, what its gradient reaches, an action for the last call,
+REBEL, and when a distillation has paid for itself.
+"""
 
 import torch
 
@@ -6,62 +8,87 @@ from minialign.course.check import Exercise, Quiz
 from minialign.kernels import gaussian_log_prob
 from minialign.methods.rlcm import rebel_loss
 
-# ---- the action ------------------------------------------------------------------------------------------------------
+# ---- the density of an action ----------------------------------------------------------------------------------------
 
 
-def renoise_log_prob(denoised, next, alpha_bar_next):
-    """log N(next; sqrt(a') denoised, (1 - a') I), (batch,), mean over elements; a' is the NEXT level's alpha_bar."""
-    signal = alpha_bar_next.sqrt().reshape(-1, *[1] * (denoised.ndim - 1))
-    return gaussian_log_prob(next, signal * denoised, (1 - alpha_bar_next).sqrt(), "mean")
+def _column(level, denoised):
+    return level.reshape(-1, *[1] * (denoised.ndim - 1))
 
 
-def _log_prob(denoised, next, scale, std):
-    scale, std = (x.reshape(-1, *[1] * (denoised.ndim - 1)) for x in (scale, std))
-    return torch.distributions.Normal(scale * denoised, std.expand_as(denoised)).log_prob(next).flatten(1)
+def action_log_prob(next, denoised, alpha_bar, alpha_bar_next):
+    """log N(next; sqrt(a') denoised, (1 - a') I), (batch,), mean over the elements; a' is the NEXT level."""
+    mean = _column(alpha_bar_next.sqrt(), denoised) * denoised
+    return gaussian_log_prob(next.detach(), mean, (1 - alpha_bar_next).sqrt(), "mean")
 
 
-def _action(g, shape=(4, 3), dtype=torch.float32):
-    denoised = torch.randn(shape, generator=g, dtype=dtype)
-    alpha_bar_next = torch.rand(shape[0], generator=g, dtype=dtype) * 0.9 + 0.05
-    next = denoised + torch.randn(shape, generator=g, dtype=dtype)
-    return dict(denoised=denoised, next=next, alpha_bar_next=alpha_bar_next)
+def _density(signal, std, reduce=lambda terms: terms.mean(1)):
+    """A variant: signal(a, a') and std(a, a') of the transition, and how its elements are put together."""
+
+    def wrong(next, denoised, alpha_bar, alpha_bar_next):
+        factor = _column(signal(alpha_bar, alpha_bar_next), denoised)
+        spread = _column(std(alpha_bar, alpha_bar_next), denoised).expand_as(denoised)
+        terms = torch.distributions.Normal(factor * denoised, spread).log_prob(next.detach())
+        return reduce(terms.flatten(1))
+
+    return wrong
 
 
-RENOISE_LOG_PROB = Exercise(
-    "12/renoise_log_prob",
+def _signal(a, b):
+    return b.sqrt()
+
+
+def _noise(a, b):
+    return (1 - b).sqrt()
+
+
+def _action_case(g, shape=(4, 3), dtype=torch.float32):
+    draw = dict(generator=g, dtype=dtype)
+    denoised = torch.randn(shape, **draw)
+    alpha_bar = 0.05 + 0.3 * torch.rand(shape[0], **draw)
+    return dict(
+        next=denoised + torch.randn(shape, **draw),
+        denoised=denoised,
+        alpha_bar=alpha_bar,
+        alpha_bar_next=alpha_bar + 0.1 + 0.4 * torch.rand(shape[0], **draw),
+    )
+
+
+ACTION_LOG_PROB = Exercise(
+    "12/action_log_prob",
     points=4,
-    reference=renoise_log_prob,
+    reference=action_log_prob,
     grad_wrt=("denoised",),
     cases=[
-        dict(denoised=torch.tensor([[2.0]]), next=torch.tensor([[1.0]]), alpha_bar_next=torch.tensor([0.25])),
-        _action,
-        lambda g: _action(g, (3, 2, 4, 5), torch.float64),
+        dict(
+            next=torch.tensor([[1.5]]),
+            denoised=torch.tensor([[2.0]]),
+            alpha_bar=torch.tensor([0.04]),
+            alpha_bar_next=torch.tensor([0.36]),
+        ),
+        _action_case,
+        lambda g: _action_case(g, (3, 2, 4, 5)),
+        lambda g: _action_case(g, (5, 2), torch.float64),
     ],
     mistakes={
-        "the mean is sqrt(a') times the denoised guess: a' itself is the share of the variance.": (
-            lambda denoised, next, alpha_bar_next: _log_prob(
-                denoised, next, alpha_bar_next, (1 - alpha_bar_next).sqrt()
-            ).mean(1)
+        "mean and std are both those of the level that the sample comes from; it is re-noised to the next one.": (
+            _density(lambda a, b: a.sqrt(), lambda a, b: (1 - a).sqrt())
         ),
-        "the density is centred on the denoised guess itself; the next level keeps only sqrt(a') of it.": (
-            lambda denoised, next, alpha_bar_next: _log_prob(
-                denoised, next, torch.ones_like(alpha_bar_next), (1 - alpha_bar_next).sqrt()
-            ).mean(1)
+        "the std is right, but the mean is scaled for the level that the sample comes from.": _density(
+            lambda a, b: a.sqrt(), _noise
         ),
-        "1 - a' is the variance: the standard deviation is its root.": (
-            lambda denoised, next, alpha_bar_next: _log_prob(
-                denoised, next, alpha_bar_next.sqrt(), 1 - alpha_bar_next
-            ).mean(1)
+        "the mean is right, but the std is that of the level that the sample comes from.": _density(
+            _signal, lambda a, b: (1 - a).sqrt()
         ),
-        "summed over the elements; the clip range of a large latent wants the mean.": (
-            lambda denoised, next, alpha_bar_next: _log_prob(
-                denoised, next, alpha_bar_next.sqrt(), (1 - alpha_bar_next).sqrt()
-            ).sum(1)
+        "alpha_bar is a share of the variance; the mean is scaled by its root.": _density(lambda a, b: b, _noise),
+        "the mean is not the denoised sample itself: at the next level only a part of it is left as signal.": _density(
+            lambda a, b: torch.ones_like(b), _noise
         ),
-        "that is one number for the batch; each sample has an action of its own.": (
-            lambda denoised, next, alpha_bar_next: _log_prob(
-                denoised, next, alpha_bar_next.sqrt(), (1 - alpha_bar_next).sqrt()
-            ).mean()
+        "1 - alpha_bar is a variance, and a Gaussian with std wants its root.": _density(_signal, lambda a, b: 1 - b),
+        "a sum over the elements; with the mean the size of a log-ratio does not depend on the latent's.": _density(
+            _signal, _noise, lambda terms: terms.sum(1)
+        ),
+        "one number for the whole batch; every sample has an action of its own.": _density(
+            _signal, _noise, lambda terms: terms.mean()
         ),
     },
 )
@@ -70,44 +97,120 @@ RENOISE_LOG_PROB = Exercise(
 
 
 def reached_gradient(carried):
-    """sum_{j=0}^{H-2} prod_{i=j+1}^{H-1} c_i: the part of d E[y] / d theta that the H - 1 actions account for.
+    """sum_{j=0}^{H-2} prod_{i=j+1}^{H-1} c_i, a scalar: the part of d E[y] / d theta that H - 1 actions account for.
 
-    carried (H,): c_i = d f_i / d (what went into call i as signal). The whole derivative is 1 more: the last call's.
+    carried (H,): c_i = d f_i / d (the signal that went into call i). The whole derivative is 1 more: the last call's.
     """
-    later = carried.flip(0).cumprod(0).flip(0)  # prod_{i >= j} c_i
-    return later[1:].sum()
+    return carried.flip(0).cumprod(0)[:-1].sum()
 
 
 def _carried(g):
-    return dict(
-        carried=torch.rand(int(torch.randint(3, 8, (), generator=g)), generator=g, dtype=torch.float64) * 0.8 + 0.1
-    )
+    calls = int(torch.randint(3, 8, (), generator=g))
+    return dict(carried=0.1 + 0.8 * torch.rand(calls, generator=g, dtype=torch.float64))
 
 
 REACHED_GRADIENT = Exercise(
     "12/reached_gradient",
-    points=5,
+    points=4,
     reference=reached_gradient,
     cases=[
         dict(carried=torch.tensor([0.25, 0.5])),
-        dict(carried=torch.tensor([0.5, 0.25, 0.5])),
+        dict(carried=torch.tensor([0.3, 0.25, 0.5])),
         dict(carried=torch.tensor([0.034192, 0.116556, 0.296102, 0.570728], dtype=torch.float64)),
         _carried,
     ],
     mistakes={
-        "that is the whole derivative: the 1 belongs to the last call, behind which there is no noise.": (
+        "that is the whole derivative: the 1 belongs to the last call, and no action follows it.": (
             lambda carried: 1 + reached_gradient(carried)
         ),
-        "an action's push is carried by ALL calls behind it: a product, not the next factor alone.": (
+        "a push is carried by ALL calls behind it, so each of them contributes a factor, not the next one alone.": (
             lambda carried: carried[1:].sum()
         ),
-        "the first action comes AFTER the first call, so c_0 carries none of them.": (
+        "the first push is made AT call 0; what call 0 carries went into it before, and that is noise.": (
             lambda carried: carried.flip(0).cumprod(0).sum()
         ),
-        "the products run the wrong way: from each action to the end, not from the start to it.": (
+        "the products run the wrong way: from each call to the end, not from the start to it.": (
             lambda carried: carried[:-1].cumprod(0).sum()
         ),
-        "only the first action was counted; there are H - 1 of them.": lambda carried: carried[1:].prod(),
+        "only the first call's push was counted; there are H - 1 that are followed by an action.": (
+            lambda carried: carried[1:].prod()
+        ),
+    },
+)
+
+# ---- an action for the last call -------------------------------------------------------------------------------------
+
+
+def terminal_action(denoised, noise, terminal_std):
+    """(what the reward is paid for, detached; its log-probability (batch,), mean over elements)."""
+    paid = (denoised + terminal_std * noise).detach()
+    return paid, gaussian_log_prob(paid, denoised, denoised.new_full((len(denoised),), terminal_std), "mean")
+
+
+def _log_density(x, mean, std):
+    return torch.distributions.Normal(mean, torch.full_like(mean, std)).log_prob(x).flatten(1)
+
+
+def _paid(denoised, noise, std):
+    return (denoised + std * noise).detach()
+
+
+def _attached(denoised, noise, terminal_std):
+    paid = denoised + terminal_std * noise
+    return paid, _log_density(paid, denoised, terminal_std).mean(1)
+
+
+def _terminal_case(g, shape=(4, 3), dtype=torch.float32):
+    draw = dict(generator=g, dtype=dtype)
+    std = 0.1 + 0.3 * float(torch.rand((), generator=g))
+    return dict(denoised=torch.randn(shape, **draw), noise=torch.randn(shape, **draw), terminal_std=std)
+
+
+TERMINAL_ACTION = Exercise(
+    "12/terminal_action",
+    points=4,
+    reference=terminal_action,
+    grad_wrt=("denoised",),
+    cases=[
+        dict(denoised=torch.tensor([[2.0]]), noise=torch.tensor([[-1.0]]), terminal_std=0.5),
+        _terminal_case,
+        lambda g: _terminal_case(g, (3, 2, 4)),
+        lambda g: _terminal_case(g, (5, 2), torch.float64),
+    ],
+    mistakes={
+        "the action still hangs on the network: mean and action then move together, and the gradient is zero.": (
+            _attached
+        ),
+        "the reward is paid for the sample BEFORE its noise: nobody learns what the noise was worth.": (
+            lambda denoised, noise, terminal_std: (
+                denoised.detach(),
+                _log_density(_paid(denoised, noise, terminal_std), denoised, terminal_std).mean(1),
+            )
+        ),
+        "you score the denoised sample, which is the mean of its own density; score what was done.": (
+            lambda denoised, noise, terminal_std: (
+                _paid(denoised, noise, terminal_std),
+                _log_density(denoised.detach(), denoised, terminal_std).mean(1),
+            )
+        ),
+        "terminal_std is a standard deviation; the density has its square in it already.": (
+            lambda denoised, noise, terminal_std: (
+                _paid(denoised, noise, terminal_std),
+                _log_density(_paid(denoised, noise, terminal_std), denoised, terminal_std**2).mean(1),
+            )
+        ),
+        "a sum over the elements; the other actions of the chain take the mean.": (
+            lambda denoised, noise, terminal_std: (
+                _paid(denoised, noise, terminal_std),
+                _log_density(_paid(denoised, noise, terminal_std), denoised, terminal_std).sum(1),
+            )
+        ),
+        "noise of standard deviation 1 was added, and scored as if it were smaller.": (
+            lambda denoised, noise, terminal_std: (
+                _paid(denoised, noise, 1.0),
+                _log_density(_paid(denoised, noise, 1.0), denoised, terminal_std).mean(1),
+            )
+        ),
     },
 )
 
@@ -119,57 +222,77 @@ def rebel(log_ratio, advantages, eta):
     return rebel_loss(log_ratio.sum(2), advantages, eta)
 
 
-def _pairs(g):
-    log_ratio = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
-    return dict(log_ratio=log_ratio, advantages=torch.randn(2, 5, generator=g, dtype=torch.float64), eta=1.5)
+def _regression(error, reduce=lambda error: error.square().mean()):
+    """A variant: error(log_ratio, advantages, eta) -> (pairs,)."""
+    return lambda log_ratio, advantages, eta: reduce(error(log_ratio, advantages, eta))
+
+
+def _gap(pair):
+    return pair[0] - pair[1]
+
+
+def _pairs(g, dtype=torch.float64):
+    draw = dict(generator=g, dtype=dtype)
+    return dict(log_ratio=torch.randn(2, 5, 3, **draw), advantages=torch.randn(2, 5, **draw), eta=1.5)
 
 
 REBEL = Exercise(
     "12/rebel",
-    points=4,
+    points=3,
     reference=rebel,
     grad_wrt=("log_ratio",),
     cases=[
         dict(log_ratio=torch.tensor([[[0.1, 0.2]], [[0.0, 0.1]]]), advantages=torch.tensor([[1.0], [0.5]]), eta=2.0),
         _pairs,
+        lambda g: _pairs(g, torch.float32),
     ],
     mistakes={
-        "summed over the pairs as well, so that samples mix: the sum runs over a sample's own steps.": (
-            lambda log_ratio, advantages, eta: (
-                (eta * (log_ratio[0].sum() - log_ratio[1].sum()) - (advantages[0] - advantages[1])).square().mean()
-            )
+        "summed over the pairs as well, so that samples mix: a sum runs over one sample's own steps.": _regression(
+            lambda log_ratio, advantages, eta: eta * (log_ratio[0].sum() - log_ratio[1].sum()) - _gap(advantages)
         ),
-        "a trajectory's log-ratio is the sum over its steps, not their mean.": (
-            lambda log_ratio, advantages, eta: (
-                (eta * (log_ratio.mean(2)[0] - log_ratio.mean(2)[1]) - (advantages[0] - advantages[1])).square().mean()
-            )
+        "a trajectory's log-ratio is the sum over its steps, not their mean.": _regression(
+            lambda log_ratio, advantages, eta: eta * _gap(log_ratio.mean(2)) - _gap(advantages)
         ),
-        "eta belongs to the log-ratios: advantages have a unit of their own.": (
-            lambda log_ratio, advantages, eta: (
-                (log_ratio.sum(2)[0] - log_ratio.sum(2)[1] - eta * (advantages[0] - advantages[1])).square().mean()
-            )
+        "eta belongs to the log-ratios: it says how much advantage a nat is worth.": _regression(
+            lambda log_ratio, advantages, eta: _gap(log_ratio.sum(2)) - eta * _gap(advantages)
         ),
-        "the two differences have opposite signs: the better sample should become MORE likely.": (
-            lambda log_ratio, advantages, eta: (
-                (eta * (log_ratio.sum(2)[0] - log_ratio.sum(2)[1]) + (advantages[0] - advantages[1])).square().mean()
-            )
+        "the two differences should agree, not cancel: the better sample is to become likelier.": _regression(
+            lambda log_ratio, advantages, eta: eta * _gap(log_ratio.sum(2)) + _gap(advantages)
         ),
-        "not squared: this difference can fall for ever.": lambda log_ratio, advantages, eta: (
-            eta * (log_ratio.sum(2)[0] - log_ratio.sum(2)[1]) - (advantages[0] - advantages[1])
-        ).mean(),
+        "each step was regressed on the advantages alone; it is the whole trajectory that earned them.": (
+            lambda log_ratio, advantages, eta: (eta * _gap(log_ratio) - _gap(advantages).unsqueeze(-1)).square().mean()
+        ),
+        "a sum over the pairs where the mean belongs.": _regression(
+            lambda log_ratio, advantages, eta: eta * _gap(log_ratio.sum(2)) - _gap(advantages),
+            lambda error: error.square().sum(),
+        ),
+        "not squared: such a difference can fall for ever.": _regression(
+            lambda log_ratio, advantages, eta: eta * _gap(log_ratio.sum(2)) - _gap(advantages),
+            lambda error: error.mean(),
+        ),
     },
 )
 
-# ---- when distillation has paid --------------------------------------------------------------------------------------
+# ---- when a distillation has paid for itself -------------------------------------------------------------------------
 
 
-def break_even(distillation, steps, calls, queries, queries_rlcm):
-    """How many trainings it takes until distillation has paid: evaluations spent once over evaluations saved each time.
+def break_even(distillation, steps, calls, ratio):
+    """Queries of DDPO until RLCM, its distillation included, has spent as many network evaluations; inf if never.
 
-    A query costs DDPO 4 S evaluations (S to sample, 3 S to train), RLCM H + 3 (H - 1).
+    A query costs DDPO S + 3 S evaluations, RLCM H + 3 (H - 1); where DDPO asks once, RLCM asks `ratio` times.
     """
-    saved = queries * 4 * steps - queries_rlcm * (calls + 3 * (calls - 1))
+    saved = 4 * steps - ratio * (4 * calls - 3)
     return distillation / saved if saved > 0 else float("inf")
+
+
+def _when(saved):
+    """A variant: saved(S, H, ratio) evaluations a query of DDPO."""
+
+    def wrong(distillation, steps, calls, ratio):
+        gain = saved(steps, calls, ratio)
+        return distillation / gain if gain > 0 else float("inf")
+
+    return wrong
 
 
 BREAK_EVEN = Exercise(
@@ -177,40 +300,34 @@ BREAK_EVEN = Exercise(
     points=3,
     reference=break_even,
     cases=[
-        dict(distillation=5_000_000, steps=50, calls=4, queries=1877, queries_rlcm=3925),
-        dict(distillation=100.0, steps=2, calls=2, queries=10, queries_rlcm=1000),  # never
+        dict(distillation=770.0, steps=20, calls=1, ratio=3.0),  # 80 - 3: ten queries
+        dict(distillation=1_920_000, steps=50, calls=4, ratio=2.4),
+        dict(distillation=1_920_000, steps=4, calls=4, ratio=2.0),  # never
         lambda g: dict(
-            distillation=1e6 * float(torch.rand((), generator=g)) + 1e5,
+            distillation=1e5 + 1e6 * float(torch.rand((), generator=g)),
             steps=int(torch.randint(20, 60, (), generator=g)),
             calls=int(torch.randint(2, 6, (), generator=g)),
-            queries=int(torch.randint(1000, 2000, (), generator=g)),
-            queries_rlcm=int(torch.randint(1000, 2000, (), generator=g)),
+            ratio=1.5 + float(torch.rand((), generator=g)),
         ),
     ],
     mistakes={
-        "training was forgotten: a differentiated row costs three evaluations beside its sampling.": (
-            lambda distillation, steps, calls, queries, queries_rlcm: (
-                distillation / (queries * steps - queries_rlcm * calls)
-                if queries * steps > queries_rlcm * calls
-                else float("inf")
-            )
+        "only the sampling was counted; a state that is trained on costs three evaluations more.": _when(
+            lambda steps, calls, ratio: steps - ratio * calls
         ),
-        "the last call is not trained: H calls to sample, but H - 1 transitions.": (
-            lambda distillation, steps, calls, queries, queries_rlcm: (
-                distillation / (4 * queries * steps - 4 * queries_rlcm * calls)
-                if queries * steps > queries_rlcm * calls
-                else float("inf")
-            )
+        "RLCM's last call is made but not trained on: H calls, H - 1 actions.": _when(
+            lambda steps, calls, ratio: 4 * steps - ratio * 4 * calls
         ),
-        "both were given DDPO's number of queries; RLCM has its own.": (
-            lambda distillation, steps, calls, queries, queries_rlcm: break_even(
-                distillation, steps, calls, queries, queries
-            )
+        "a trained state counts 3, and 1 on top for having been sampled.": _when(
+            lambda steps, calls, ratio: 3 * steps - ratio * 3 * (calls - 1)
         ),
-        "where RLCM saves nothing, it never pays: float('inf'), not a negative number of trainings.": (
-            lambda distillation, steps, calls, queries, queries_rlcm: (
-                distillation / (queries * 4 * steps - queries_rlcm * (calls + 3 * (calls - 1)))
-            )
+        "both were charged for the same number of queries; RLCM asks `ratio` times as often.": _when(
+            lambda steps, calls, ratio: 4 * steps - (4 * calls - 3)
+        ),
+        "the ratio is RLCM's queries over DDPO's; you have used it upside down.": _when(
+            lambda steps, calls, ratio: ratio * 4 * steps - (4 * calls - 3)
+        ),
+        "where RLCM saves nothing the distillation never pays: float('inf'), not a negative number.": (
+            lambda distillation, steps, calls, ratio: distillation / (4 * steps - ratio * (4 * calls - 3))
         ),
     },
 )
@@ -223,9 +340,9 @@ QUESTIONS = [
         points=1,
         answer="b",
         why={
-            "a": "The call is differentiable like the others. What would be the action whose likelihood it changes?",
-            "b": "Yes: no noise follows it, so it takes no random decision that could be called good or bad.",
-            "c": "Its weights are the same network's. They are trained, only not by anything that happens there.",
+            "a": "It is differentiable like the others, and rewards are never differentiated here anyway.",
+            "b": "Yes: a policy gradient makes random decisions likelier or less likely, and none follows that call.",
+            "c": "They are the same weights that the other calls train; but what would train them at that level?",
         },
     ),
     Quiz(
@@ -233,9 +350,9 @@ QUESTIONS = [
         points=1,
         answer="c",
         why={
-            "a": "The reward is paid before that noise is added, so the term says nothing about it.",
-            "b": "Its mean is zero, so it cannot move the optimum. What else can a random term of mean zero do?",
-            "c": "Yes: mean zero, variance not. It makes every estimate noisier and teaches nothing.",
+            "a": "To learn from noise, the reward has to be told what the noise did. Here it was paid before.",
+            "b": "A term of mean zero moves no optimum, on average.",
+            "c": "Yes: reward and noise are independent, so its mean is zero, and its variance is not.",
         },
     ),
     Quiz(
@@ -243,9 +360,9 @@ QUESTIONS = [
         points=1,
         answer="a",
         why={
-            "a": "Yes: a fifth of the evaluations and twice the queries, in one and the same table.",
-            "b": "Measured here: more queries, not fewer. The paper's claim may rest on how good its LCM was at first.",
-            "c": "Per network evaluation it is far ahead. Read the other axis.",
+            "a": "Yes: the comparison was between a tuned method and one that was not. In section 6 it turned round.",
+            "b": "They say how much chance there is in these runs, not what another setting would have done.",
+            "c": "The error bars would shrink around the same unequal comparison.",
         },
     ),
     Quiz(
@@ -253,9 +370,9 @@ QUESTIONS = [
         points=1,
         answer="b",
         why={
-            "a": "More calls do add actions. But the last one is still deterministic.",
-            "b": "Yes: noise behind the last call makes it an action, at the price of a noisier gradient.",
-            "c": "Then there is no action left at all, and the package refuses.",
+            "a": "A few more of the calls are then followed by an action. The one that paints is still the last.",
+            "b": "Yes: noise behind it makes the last call an action, at the price of a noisier gradient.",
+            "c": "A longer run repeats the same gradient, and what is missing in it stays missing.",
         },
     ),
     Quiz(
@@ -263,12 +380,11 @@ QUESTIONS = [
         points=1,
         answer="c",
         why={
-            "a": "The network can be called at any level. Was it trained to agree with itself there?",
-            "b": "Fewer calls are faster, whatever the training was.",
-            "c": "Yes: reinforcement learning changed f at the levels that it visited, and self-consistency was not "
-            "part of the reward.",
+            "a": "Distillation made f agree with itself from level to level. Was that part of the reward?",
+            "b": "More calls are better for a distilled model. This one has been changed since.",
+            "c": "Yes: the reward saw only samples of four calls, and nothing kept f consistent with itself.",
         },
     ),
 ]
 
-exercises = [RENOISE_LOG_PROB, REACHED_GRADIENT, REBEL, BREAK_EVEN, *QUESTIONS]
+exercises = [ACTION_LOG_PROB, REACHED_GRADIENT, TERMINAL_ACTION, REBEL, BREAK_EVEN, *QUESTIONS]
