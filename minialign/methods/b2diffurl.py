@@ -9,7 +9,7 @@ they differ only in what the window did, and train on the best and the worst of 
     one prefix, b continuations                      branch_rollout: (S - w) + b w network evaluations, not b S
     z-score of a prompt over the last stages         HistoryZScore
     best and worst of a branch, with thresholds      select_extremes
-    the loss, DDPO's (IS)                            clipped_loss;  or best against worst:  pairwise_loss
+    DDPO's clipped loss, or best against worst       objective_loss, pairwise_loss
 
 As in the authors' code: the branch only chooses the images, their advantage is the prompt's z-score, which still holds
 the luck of the prefix. As in the abstract: branches are compared with each other, advantage="branch". It is an unbiased
@@ -249,9 +249,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
             if config.branch_sampling and config.select == "extremes":
                 keep = select_extremes(z, config.positive_threshold, config.negative_threshold)
             advantages = z.clamp(-config.advantage_clip, config.advantage_clip).flatten()[own]
-            kept = (
-                best_and_worst(z, keep) if config.objective == "pairwise" else keep.flatten().nonzero()
-            )  # (m, 1 or 2)
+            kept = best_and_worst(z, keep) if config.objective == "pairwise" else keep.flatten().nonzero()
 
         infos, norms = [], []
         for _ in range(config.num_epochs):

@@ -71,10 +71,8 @@ def round_loss(policy, traj, rows: Tensor, advantages: Tensor, clip_range: float
     repeated = advantages[rows].repeat_interleave(places.shape[1])
     loss, info = clipped_surrogate(out.log_prob, batch.log_prob_old, repeated, clip_range)
     if config.objective == "rebel":
-        log_ratio = rearrange(out.log_prob - batch.log_prob_old, "(two n k) -> two n k", two=2, k=places.shape[1]).sum(
-            2
-        )
-        loss = rebel_loss(log_ratio, rearrange(advantages[rows], "(two n) -> two n", two=2), config.rebel_eta)
+        log_ratio = rearrange(out.log_prob - batch.log_prob_old, "(two n k) -> two n k", two=2, k=places.shape[1])
+        loss = rebel_loss(log_ratio.sum(2), rearrange(advantages[rows], "(two n) -> two n", two=2), config.rebel_eta)
     return loss, info
 
 
@@ -107,7 +105,10 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     terminal_std is the config's while training, and as before at the end of each round.
     """
     usual, policy.terminal_std = policy.terminal_std, config.terminal_std
-    check(policy, prompts, config)
+    try:
+        check(policy, prompts, config)
+    finally:
+        policy.terminal_std = usual
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     parameters = policy.parameters()
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)

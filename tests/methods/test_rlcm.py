@@ -123,6 +123,7 @@ def test_impossible_settings_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             next(rlcm.train(policy, distance, world.prompts, dataclasses.replace(SMALL, **change)))
+        assert policy.terminal_std == 0  # a refusal leaves the policy as it was
     one = student(num_steps=1)[1]
     with pytest.raises(ValueError, match="num_steps = 1 has no stochastic step: one deterministic call"):
         next(rlcm.train(one, distance, world.prompts, SMALL))
