@@ -14,6 +14,8 @@ with the others. The authors' code adds noise behind it and scores that noise, a
 term of mean zero, pure variance, left out here. `terminal_std` (ours, off by default) adds a little noise and pays the
 reward behind it, so that the last call learns, too. H = 1 has no action and is refused.
 As in the code, not the paper: noise levels preserve variance, and mean and std are those of the NEXT level.
+`trained_actions` (ours, off by default) gives a gradient to the first actions alone, where those decide the reward: a
+gradient costs three calls, so on `shapes`, where the first call places the objects, it nearly halves a round.
 As in neither: REBEL's log-ratios are summed within each sample (the code sums over the minibatch as well).
 """
 
@@ -39,6 +41,7 @@ class Config:
     num_minibatches: int = 4  # optimizer steps per round
     objective: str = "ppo"  # "ppo": the paper; "rebel": regress the difference of two samples' advantages
     rebel_eta: float = 1.0  # "rebel": advantage per nat of log-ratio
+    trained_actions: int | None = None  # the first so many get a gradient; None: all, as in the paper
     terminal_std: float = 0.0  # noise behind the last call while training; 0: the paper
     reduction: str = "mean"  # of log-probabilities over the latent's D elements
     clip_range: float | None = None  # on the ratio; None: 1.6 / D, at most 0.2 (authors: 1e-4 at D = 36,864)
@@ -64,8 +67,8 @@ def rebel_loss(
 
 
 def round_loss(policy, traj, rows: Tensor, advantages: Tensor, clip_range: float, config: Config):
-    """Loss and metrics of trajectories `rows` (n,) at all their steps: one network call. "rebel": halves pair up."""
-    places = torch.arange(traj.log_probs.shape[1], device=rows.device).expand(len(rows), -1)
+    """Loss and metrics of trajectories `rows` (n,) at their trained steps, in one call. "rebel": halves pair up."""
+    places = torch.arange(traj.log_probs.shape[1], device=rows.device)[: config.trained_actions].expand(len(rows), -1)
     batch = traj.transitions(rows, places)
     out = policy.step(batch.states, batch.step, batch.condition, next=batch.next, reduction=config.reduction)
     repeated = advantages[rows].repeat_interleave(places.shape[1])
@@ -86,6 +89,9 @@ def check(policy, prompts: list[str], config: Config) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
     if config.terminal_std < 0:
         raise ValueError(f"terminal_std is {config.terminal_std}; it is a standard deviation: 0 or more.")
+    most = policy.num_steps - (config.terminal_std == 0)
+    if config.trained_actions is not None and not 1 <= config.trained_actions <= most:
+        raise ValueError(f"trained_actions is {config.trained_actions}; {policy.num_steps} calls have 1 to {most}.")
     if config.objective == "rebel" and config.group_size % 2:
         raise ValueError(f"group_size is {config.group_size}; REBEL compares samples two by two: give an even number.")
     items = config.num_prompts * config.group_size // (2 if config.objective == "rebel" else 1)

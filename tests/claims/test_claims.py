@@ -58,7 +58,7 @@ def test_distillation_and_rlcm_can_fail():
     useless = [r | ({"error": base[r["seed"]]} if r.get("arm") in ("4000", "1500") else {}) for r in stored]
     assert claim_consistency.verdict(useless)["verdict"] == "does not replicate in miniature"
     stored = json.loads((HERE / "results/rlcm.json").read_text())["runs"]
-    dear = [r | {"network_evaluations": 10 * r["network_evaluations"]} if r["method"] == "RLCM H 4"
+    dear = [r | {"network_evaluations": 10 * r["network_evaluations"]} if r["method"].startswith("RLCM H 4 lr")
             and r["network_evaluations"] else r for r in stored]  # fmt: skip
     assert claim_rlcm.verdict(dear)["verdict"] == "does not replicate in miniature"
 
@@ -70,7 +70,7 @@ def test_one_seed_of_distillation_and_of_rlcm(monkeypatch):
     assert claim_consistency.compass_run("1500", 0)["error"]["1"] < 0.5
     monkeypatch.setattr(claim_rlcm, "DISTILLATION", short)
     claim_rlcm.distilled.cache_clear()
-    ours = claim_rlcm.compass_run("side", "RLCM H 4", 0)
+    ours = claim_rlcm.compass_run("side", "RLCM H 4 lr 0.001", 0)
     assert ours["network_evaluations"] < 100_000 and 1_500 < ours["queries"] < 7_000  # stored: 49k and 3,800
     claim_rlcm.distilled.cache_clear()
 

@@ -81,13 +81,37 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, name):
 
 def test_costs_are_counted():
     """H calls a sample; 3 for each of the H - 1 transitions that are trained (H with terminal noise)."""
-    for std, per_sample in ((0.0, 4 + 3 * 3), (0.1, 4 + 3 * 4)):
+    for std, trained_actions, per_sample in ((0.0, None, 4 + 3 * 3), (0.1, None, 4 + 3 * 4), (0.0, 1, 4 + 3 * 1)):
         world, policy = student()
-        config = dataclasses.replace(SMALL, terminal_std=std)
+        config = dataclasses.replace(SMALL, terminal_std=std, trained_actions=trained_actions)
         history = fit(rlcm.train(policy, distance, world.prompts, config), progress=False)
         assert history["network_evaluations"] == [16 * per_sample * n for n in (1, 2, 3)]
         assert history["reward_queries"] == [16, 32, 48]
         assert policy.terminal_std == 0
+
+
+def test_only_the_trained_actions_have_a_gradient():
+    """With weights that differ from the sampling ones, the loss over the first action is that of a run cut after it."""
+    _, policy = student()
+    with torch.no_grad():
+        traj = policy.rollout(["inner"] * 4, generator=torch.Generator().manual_seed(0))
+    for p in policy.parameters():
+        p.data.add_(0.02)
+    rows, advantages = torch.arange(4), torch.randn(4, dtype=torch.float64)
+    first = rlcm.round_loss(policy, traj, rows, advantages, 0.1, dataclasses.replace(SMALL, trained_actions=1))[0]
+    cut = dataclasses.replace(traj, log_probs=traj.log_probs[:, :1])
+    torch.testing.assert_close(first, rlcm.round_loss(policy, cut, rows, advantages, 0.1, SMALL)[0])
+    every = rlcm.round_loss(policy, traj, rows, advantages, 0.1, dataclasses.replace(SMALL, trained_actions=3))[0]
+    torch.testing.assert_close(every, rlcm.round_loss(policy, traj, rows, advantages, 0.1, SMALL)[0])
+    assert not torch.allclose(first, every)
+
+
+@pytest.mark.parametrize("trained_actions", [0, 4])
+def test_actions_that_do_not_exist_are_refused(trained_actions):
+    world, policy = student()
+    config = dataclasses.replace(SMALL, trained_actions=trained_actions)
+    with pytest.raises(ValueError, match="4 calls have 1 to 3"):
+        next(rlcm.train(policy, distance, world.prompts, config))
 
 
 def test_the_learning_rate_falls_to_two_thirds():
