@@ -61,6 +61,8 @@ RECIPES = {
 }
 WEIGHTS_MADE_BY = {
     "digits": "minialign.worlds.pretrain_digits",
+    "digits_edm": "minialign.worlds.pretrain_edm",
+    "patches": "minialign.worlds.pretrain_edm",
     "shapes": "minialign.worlds.pretrain_shapes",
     "shapes_lcm": "minialign.pretrain_consistency",
 }
@@ -409,7 +411,9 @@ def command_pretrain(args) -> int:
     from minialign.worlds.base import WEIGHTS
 
     out = Path(args.out) if args.out else WEIGHTS / args.name
-    importlib.import_module(WEIGHTS_MADE_BY[args.name]).main(out, seed=args.seed)
+    module = WEIGHTS_MADE_BY[args.name]
+    which = {"name": args.name} if list(WEIGHTS_MADE_BY.values()).count(module) > 1 else {}
+    importlib.import_module(module).main(out, seed=args.seed, **which)
     return 0
 
 
@@ -506,6 +510,7 @@ def b2diffurl_passes(policy, config, metrics: dict) -> tuple[list[int], list[int
 def rlcm_passes(policy, config, metrics: dict) -> tuple[list[int], list[int]]:
     """H calls of the round's rows, and forward and backward passes of its H - 1 transitions, minibatch by minibatch."""
     rows, actions = config.num_prompts * config.group_size, policy.num_steps - (config.terminal_std == 0)
+    actions = min(actions, config.trained_actions or actions)
     return [rows] * policy.num_steps, [rows // config.num_minibatches * actions] * config.num_minibatches
 
 
@@ -540,11 +545,41 @@ def bench_row(method_name: str, world_name: str, rounds: int, device: str) -> di
     )  # fmt: skip
 
 
+def teleport_row(device: str, dim: int = 64 * 64 * 3, rank: int = 512, num_images: int = 2000, batch: int = 64) -> dict:
+    """Seconds for the statistics of `num_images` images and for the jump of a batch; memory beside the data's own."""
+    import resource
+
+    import torch
+
+    from minialign.methods.teleport import Gaussian
+
+    generator = torch.Generator().manual_seed(0)
+    data = (torch.randn(num_images, dim, generator=generator) * torch.linspace(3, 0.01, dim)).to(device)
+    noise = torch.randn(batch, dim, generator=generator).to(device)
+    peak, laps = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [time.perf_counter()]
+    statistics = Gaussian.fit(data, rank)
+    laps.append(time.perf_counter())
+    statistics.flow(80 * noise, 80.0, 5.0).cpu()
+    laps.append(time.perf_counter())
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 / data.nbytes
+    return dict(
+        method="teleport", dim=dim, rank=rank, num_images=num_images, batch=batch, device=device,
+        statistics_seconds=round(laps[1] - laps[0], 3), jump_seconds=round(laps[2] - laps[1], 4),
+        memory_over_data=round(more, 2),
+    )  # fmt: skip
+
+
 def command_bench(args) -> int:
     rows = []
     for method in args.methods:
+        if method == "teleport":  # no training step: the statistics and the jump
+            rows.append(teleport_row(args.device))
+            print("teleport, {dim} dimensions, rank {rank} ({device}): statistics of {num_images} images "
+                  "{statistics_seconds} s, jump of {batch} {jump_seconds} s, memory {memory_over_data} times the data"
+                  .format(**rows[-1]))  # fmt: skip
+            continue
         if method not in PASSES:
-            raise UserError(nearest("method to measure", method, PASSES))
+            raise UserError(nearest("method to measure", method, [*PASSES, "teleport"]))
         for name in args.worlds:
             if name not in WORLDS:
                 raise UserError(nearest("world", name, WORLDS))
@@ -608,7 +643,7 @@ def parser() -> argparse.ArgumentParser:
     replicate.set_defaults(function=command_replicate)
 
     bench = commands.add_parser("bench", help="a method's step beside the bare network passes it cannot avoid")
-    bench.add_argument("--methods", nargs="+", default=list(PASSES), help=", ".join(PASSES))
+    bench.add_argument("--methods", nargs="+", default=[*PASSES, "teleport"], help=", ".join([*PASSES, "teleport"]))
     bench.add_argument("--worlds", nargs="+", default=["shapes", "digits"])
     bench.add_argument("--rounds", type=int, default=5)
     bench.add_argument("--device", default="cpu")

@@ -10,6 +10,7 @@ from minialign.kernels.consistency import (
     lcm_timesteps,
 )
 from minialign.kernels.diffusion import ddim_alpha_bars, ddim_std, ddim_step, predict
+from minialign.kernels.edm import edm_denoised, edm_scalings, karras_sigmas
 from minialign.kernels.gaussian import StepOut, at_least_float32, expand_as, gaussian_kl, gaussian_log_prob
 from minialign.kernels.policy_gradient import clipped_surrogate, group_advantages, kl_k1, kl_k2, kl_k3, whiten
 
@@ -24,11 +25,14 @@ __all__ = [
     "ddim_std",
     "ddim_step",
     "diffusers_guidance",
+    "edm_denoised",
+    "edm_scalings",
     "expand_as",
     "gaussian_kl",
     "gaussian_log_prob",
     "group_advantages",
     "guidance_embedding",
+    "karras_sigmas",
     "kl_k1",
     "kl_k2",
     "kl_k3",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minialign import kernels
-from minialign.methods import b2diffurl, consistency_distillation, rlcm
+from minialign.methods import b2diffurl, consistency_distillation, rlcm, teleport
 
 N = 5
 
@@ -64,11 +64,16 @@ CASES |= {
     "consistency_step scores": (
         lambda f, a, s: kernels.consistency_step(f, a, s, reduction="sum", next=Z), (X, A_NEXT, STD)
     ),
+    "edm_scalings": (lambda s: kernels.edm_scalings(s, 0.5), (STD,)),
+    "edm_denoised": (lambda o, x, s: kernels.edm_denoised(o, x, s, 0.5), (X, Y, STD)),
     "guidance_embedding": (lambda w: kernels.guidance_embedding(w, 9), (REWARDS,)),
     "lcm_guidance": (lambda g: kernels.lcm_guidance(g), (REWARDS,)),
     "diffusers_guidance": (lambda w: kernels.diffusers_guidance(w), (REWARDS,)),
 }  # fmt: skip
 Z_SCORES = random(4, 3, seed=7)
+FLAT, VALUES = random(N, 6, seed=8), random(2, 3, seed=9) ** 2
+GAUSSIAN = (random(6, seed=10), random(6, 3, seed=11), VALUES[0])
+MIXTURE = (random(2, seed=10), random(2, 6, seed=11), random(2, 6, 3, seed=12), VALUES)
 KERNELS_OF_METHODS = {
     "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
     "b2diffurl.select_extremes": (lambda z: b2diffurl.select_extremes(z, 0.5, -0.5), (Z_SCORES,)),
@@ -78,6 +83,13 @@ KERNELS_OF_METHODS = {
         (X, Y, A, A_NEXT),
     ),
     "consistency_distillation.distance": (lambda x, y: consistency_distillation.distance(x, y, "huber"), (X, Y)),
+    "teleport.gaussian_score": (lambda x, *g: teleport.gaussian_score(x, 0.7, *g), (FLAT, *GAUSSIAN)),
+    "teleport.gaussian_denoised": (lambda x, *g: teleport.gaussian_denoised(x, 0.7, *g), (FLAT, *GAUSSIAN)),
+    "teleport.gaussian_flow": (lambda x, *g: teleport.gaussian_flow(x, *g, 3.0, 0.8, 0.1, 0.6), (FLAT, *GAUSSIAN)),
+    "teleport.mixture_score": (lambda x, *m: teleport.mixture_score(x, 0.7, *m), (FLAT, *MIXTURE)),
+    "teleport.mixture_log_prob": (lambda x, *m: teleport.mixture_log_prob(x, 0.7, *m), (FLAT, *MIXTURE)),
+    "teleport.delta_score": (lambda x, data: teleport.delta_score(x, 0.7, data), (FLAT, random(7, 6, seed=12))),
+    "teleport.explained_variance": (lambda x, y: teleport.explained_variance(x, y, 0.3), (X, Y)),
     "b2diffurl.pairwise_loss": (lambda p, q: b2diffurl.pairwise_loss(p, q, 0.7), (LOG_P, LOG_Q)),
 }
 CASES |= KERNELS_OF_METHODS
@@ -93,7 +105,7 @@ def _annotations_off():
 
 
 def test_every_kernel_has_a_case():
-    helpers = {"StepOut", "at_least_float32", "expand_as", "lcm_timesteps"}
+    helpers = {"StepOut", "at_least_float32", "expand_as", "karras_sigmas", "lcm_timesteps"}
     assert {name.split()[0] for name in CASES.keys() - KERNELS_OF_METHODS.keys()} == set(kernels.__all__) - helpers
 
 
