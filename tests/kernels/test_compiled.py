@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minialign import kernels
-from minialign.methods import b2diffurl, consistency_distillation, rlcm, teleport
+from minialign.methods import b2diffurl, consistency_distillation, par, rlcm, teleport
 
 N = 5
 
@@ -74,6 +74,7 @@ Z_SCORES = random(4, 3, seed=7)
 FLAT, VALUES = random(N, 6, seed=8), random(2, 3, seed=9) ** 2
 GAUSSIAN = (random(6, seed=10), random(6, 3, seed=11), VALUES[0])
 MIXTURE = (random(2, seed=10), random(2, 6, seed=11), random(2, 6, 3, seed=12), VALUES)
+LSC, REFERENCES = par.Config("lsc"), random(N, 4, seed=13)
 KERNELS_OF_METHODS = {
     "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
     "b2diffurl.select_extremes": (lambda z: b2diffurl.select_extremes(z, 0.5, -0.5), (Z_SCORES,)),
@@ -90,6 +91,8 @@ KERNELS_OF_METHODS = {
     "teleport.mixture_log_prob": (lambda x, *m: teleport.mixture_log_prob(x, 0.7, *m), (FLAT, *MIXTURE)),
     "teleport.delta_score": (lambda x, data: teleport.delta_score(x, 0.7, data), (FLAT, random(7, 6, seed=12))),
     "teleport.explained_variance": (lambda x, y: teleport.explained_variance(x, y, 0.3), (X, Y)),
+    "par.shape_reward": (lambda r, refs: par.shape_reward(r, refs), (LOG_P, REFERENCES)),
+    "par.shape_reward lsc": (lambda r, refs: par.shape_reward(r, refs, LSC), (LOG_P, REFERENCES)),
     "b2diffurl.pairwise_loss": (lambda p, q: b2diffurl.pairwise_loss(p, q, 0.7), (LOG_P, LOG_Q)),
 }
 CASES |= KERNELS_OF_METHODS
