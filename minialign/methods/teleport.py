@@ -387,8 +387,8 @@ def skip_steps(
         rows = states.split(1) if len(flows) > 1 else [states]
         if len(flows) != len(rows):
             raise ValueError(f"there are statistics for {len(flows)} samples, and noise for {len(noise)}.")
-        moved = [g.flow(x, sigma_from, sigma_to, alpha_from, alpha_to) for g, x in zip(flows, rows, strict=True)]
-        states = torch.cat(moved)
+        levels = (sigma_from, sigma_to, alpha_from, alpha_to)
+        states = torch.cat([g.to(x.device).flow(x, *levels) for g, x in zip(flows, rows, strict=True)])
     latents = (states / float(late.init_noise_sigma)).to(noise.dtype)
     return Start(late, states, latents, num_inference_steps, skipped, sigma_to / alpha_to)
 
@@ -433,7 +433,8 @@ def teleport(
 
     The pipeline shares all modules with the given one, which is left as it was; its scheduler starts late. The
     arguments are `latents` (num_images, *latent) and `num_inference_steps`; see `skip_steps` for the rest.
-    statistics: of the autoencoder's latents, scaled as the UNet sees them: `latent_statistics`.
+    statistics: of the autoencoder's latents, scaled as the UNet sees them: `latent_statistics`; give those of each
+    prompt, or the jump forgets the prompt. Guidance acts after the jump only.
     """
     unet = pipeline.unet
     side = unet.config.sample_size

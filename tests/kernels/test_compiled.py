@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minialign import kernels
-from minialign.methods import b2diffurl, consistency_distillation, par, rlcm, teleport
+from minialign.methods import b2diffurl, consistency_distillation, par, reward_model, rlcm, teleport
 
 N = 5
 
@@ -93,6 +93,11 @@ KERNELS_OF_METHODS = {
     "teleport.explained_variance": (lambda x, y: teleport.explained_variance(x, y, 0.3), (X, Y)),
     "par.shape_reward": (lambda r, refs: par.shape_reward(r, refs), (LOG_P, REFERENCES)),
     "par.shape_reward lsc": (lambda r, refs: par.shape_reward(r, refs, LSC), (LOG_P, REFERENCES)),
+    "reward_model.bradley_terry_loss": (lambda p, q: reward_model.bradley_terry_loss(p, q, 0.1), (LOG_P, LOG_Q)),
+    "reward_model.odin_loss": (
+        lambda q, n, t, w: reward_model.odin_loss(q, n, t, w),
+        tuple(random(2, N, seed=s) for s in (14, 15, 16, 17)),
+    ),
     "b2diffurl.pairwise_loss": (lambda p, q: b2diffurl.pairwise_loss(p, q, 0.7), (LOG_P, LOG_Q)),
 }
 CASES |= KERNELS_OF_METHODS

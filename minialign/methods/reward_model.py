@@ -1,0 +1,217 @@
+"""Reward models learned from preferences (Ziegler et al., 2019, arXiv 1909.08593; Stiennon et al., 2020, arXiv
+2009.01325), and the variants against over-optimisation with which reward shaping is compared.
+
+A person says which of two responses is better; Bradley and Terry (1952) make that the sigmoid of the difference of two
+scores. They are fixed up to a shift for each prompt, so they are normalised over responses of the base model before RL:
+only then does a KL weight mean anything.
+
+    -log sigmoid(r(x, chosen) - r(x, rejected))                      bradley_terry_loss
+    + regularisation (r_chosen^2 + r_rejected^2)      "Reg"          the same
+    gain and bias: mean 0, std 1 under the base       (Ziegler)      RewardModel.normalise
+    plain average of several models' weights          WARM           average_weights (Rame et al., 2024, 2401.12187)
+    two heads, quality and length, kept apart         ODIN           odin_loss (Chen et al., 2024, 2402.07319)
+
+`RewardModel` wraps any transformers sequence classifier and is itself a reward: `model(texts, prompts) -> scores`.
+ODIN's model has two outputs, of which RL sees the first. As in neither paper: the score's head reads the last token,
+EOS included, by the attention mask's end, so padding cannot move it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from minialign.loop import Step, pack, timer, unpack
+
+
+class Preferences(NamedTuple):
+    """Pairs of responses to the same prompts: `chosen[i]` won against `rejected[i]`."""
+
+    prompts: list[str]
+    chosen: list[str]
+    rejected: list[str]
+
+
+@dataclass(frozen=True)
+class Config:
+    num_epochs: int = 1  # passes over the pairs; more of them overfit before they help
+    batch_size: int = 64  # pairs
+    learning_rate: float = 1e-3  # AdamW, cosine to zero (tiny models; 5e-5 for large ones)
+    weight_decay: float = 0.0
+    regularisation: float = 0.0  # on squared scores ("Reg": 0.005)
+    odin: bool = False  # two heads; the model needs num_labels = 2
+    length_weight: float = 1.0  # ODIN's correlation term
+    orthogonal_weight: float = 1.0  # ODIN's term on the two heads' weights
+    max_grad_norm: float = 1.0  # l2
+
+
+def bradley_terry_loss(
+    chosen: Float[Tensor, "n"], rejected: Float[Tensor, "n"], regularisation: float | int = 0.0
+) -> Float[Tensor, ""]:
+    """-log sigmoid(chosen - rejected), mean over pairs, plus regularisation times the squared scores of a pair.
+
+    log 2 where the scores are equal. A shift of both scores of a pair changes it by the regularisation alone.
+    """
+    return -logsigmoid(chosen - rejected).mean() + regularisation * (chosen**2 + rejected**2).mean()
+
+
+def odin_loss(
+    quality: Float[Tensor, "two n"],
+    length: Float[Tensor, "two n"],
+    num_tokens: Float[Tensor, "two n"],
+    heads: Float[Tensor, "two d"],
+    length_weight: float | int = 1.0,
+    orthogonal_weight: float | int = 1.0,
+) -> Float[Tensor, ""]:
+    """Bradley-Terry on quality + length; quality must not correlate with the tokens' number, the length head must.
+
+    Rows: chosen, rejected. heads: the weights of the quality and of the length head. |corr(quality, tokens)| -
+    corr(length, tokens), Pearson over all responses; |cosine| of the heads.
+    """
+    total = quality + length
+    correlation = _pearson(quality, num_tokens).abs() - _pearson(length, num_tokens)
+    cosine = (heads[0] @ heads[1]).abs() / (heads[0].norm() * heads[1].norm() + 1e-6)
+    return bradley_terry_loss(total[0], total[1]) + length_weight * correlation + orthogonal_weight * cosine
+
+
+def _pearson(x: Float[Tensor, "*any"], y: Float[Tensor, "*any"]) -> Float[Tensor, ""]:
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (x.norm() * y.norm() + 1e-6)
+
+
+class RewardModel:
+    """A transformers sequence classifier as a reward: `model(texts, prompts) -> scores (b,)`, outside autograd.
+
+    network: `AutoModelForSequenceClassification` with num_labels 1, or 2 for ODIN (quality first). It reads the prompt's
+    tokens, the response's, EOS. Scores are (output - bias) gain; `normalise` sets the two. rows: texts in one call of the network.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer, rows: int = 256, name: str = "reward_model"):
+        self.network, self.tokenizer, self.rows, self.__name__ = network.eval(), tokenizer, rows, name
+        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer needs a pad and an EOS token: scores are read at the EOS.")
+        network.config.pad_token_id = tokenizer.pad_token_id
+        self.bias, self.gain = 0.0, 1.0
+
+    def tokenize(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Tensor]:
+        """input_ids and attention_mask (b, t), padded on the right; num_tokens (b,) of the responses with their EOS."""
+        eos = self.tokenizer.eos_token_id
+        before = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        after = [
+            [*ids, eos] for ids in self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+        ]  # apart, so that a response's tokens do not depend on its prompt
+        rows = [a + b for a, b in zip(before, after, strict=True)]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        return {"input_ids": ids, "attention_mask": mask, "num_tokens": torch.tensor([len(b) for b in after])}
+
+    def outputs(self, batch: dict[str, Tensor]) -> Float[Tensor, "b heads"]:
+        """What the classifier's heads say at each row's last token."""
+        device = next(self.network.parameters()).device
+        trunk = getattr(self.network, self.network.base_model_prefix)
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        hidden = trunk(input_ids=ids, attention_mask=mask).last_hidden_state
+        last = hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1]
+        return self.network.score(last).float()
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[str], prompts: Sequence[str]) -> Float[Tensor, "b"]:
+        scores = []
+        for first in range(0, len(samples), self.rows):
+            part = slice(first, first + self.rows)
+            scores.append(self.outputs(self.tokenize(prompts[part], samples[part]))[:, 0])
+        return (torch.cat(scores) - self.bias) * self.gain
+
+    def normalise(self, samples: Sequence[str], prompts: Sequence[str]) -> None:
+        """Sets gain and bias so that these responses, of the base model, score 0 on average with std 1."""
+        self.bias, self.gain = 0.0, 1.0
+        scores = self(samples, prompts)
+        if not scores.std() > 0:
+            raise ValueError("all these responses have the same score: nothing to normalise by.")
+        self.bias, self.gain = float(scores.mean()), 1 / float(scores.std())
+
+
+def average_weights(networks: Sequence[nn.Module], into: nn.Module) -> nn.Module:
+    """WARM: `into` gets the plain average of the networks' weights, which must descend from the same initial ones."""
+    states = [network.state_dict() for network in networks]
+    averaged = {}
+    for name, first in states[0].items():
+        stack = torch.stack([state[name] for state in states])
+        averaged[name] = stack.mean(0) if first.is_floating_point() else first
+    into.load_state_dict(averaged)
+    return into
+
+
+def batch_loss(model: RewardModel, pairs: Preferences, rows: Sequence[int], config: Config):
+    """(loss, share of pairs that the model orders as labelled) of pairs `rows`."""
+    prompts = [pairs.prompts[i] for i in rows]
+    batch = model.tokenize(prompts * 2, [pairs.chosen[i] for i in rows] + [pairs.rejected[i] for i in rows])
+    outputs = model.outputs(batch)
+    scores = outputs.view(2, len(rows), -1)
+    right = (scores[0].sum(-1) > scores[1].sum(-1)).float().mean()
+    if not config.odin:
+        return bradley_terry_loss(scores[0, :, 0], scores[1, :, 0], config.regularisation), right
+    num_tokens = batch["num_tokens"].to(outputs).view(2, -1)
+    loss = odin_loss(
+        scores[..., 0], scores[..., 1], num_tokens, model.network.score.weight, config.length_weight,
+        config.orthogonal_weight,
+    )  # fmt: skip
+    return loss, right
+
+
+def check(model: RewardModel, pairs: Preferences, config: Config) -> None:
+    """Raises ValueError for settings or pairs that cannot train."""
+    sizes = [len(part) for part in pairs]
+    if len(set(sizes)) > 1 or sizes[0] == 0:
+        raise ValueError(f"there are {sizes[0]} prompts, {sizes[1]} chosen and {sizes[2]} rejected responses.")
+    heads, wanted = model.network.score.weight.shape[0], 2 if config.odin else 1
+    if heads != wanted:
+        raise ValueError(
+            f"the network has {heads} outputs and odin is {config.odin}: load it with num_labels={wanted}."
+        )
+
+
+def train(
+    model: RewardModel, pairs: Preferences, config: Config = Config(), generator=None, resume=None
+) -> Iterator[Step]:
+    """Trains the model in place on labelled pairs; yields a `Step` a minibatch, with `loss` and `accuracy`.
+
+    generator: a CPU torch.Generator that orders the pairs (seed 0 if None). Network evaluations: 3 a response.
+    """
+    check(model, pairs, config)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    model.network.requires_grad_(True)
+    parameters = list(model.network.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    start = 0 if resume is None else unpack(resume, parameters, optimizer, generator)["number"]
+    before = {"generator": generator.get_state()}  # all its draws come now, so a resumed run must draw them again
+    order = [torch.randperm(len(pairs.prompts), generator=generator) for _ in range(config.num_epochs)]
+    minibatches = [rows.tolist() for epoch in order for rows in epoch.split(config.batch_size)]
+    total = len(minibatches)
+    seen = sum(map(len, minibatches[:start]))
+    for number in range(start, total):
+        lap = timer()
+        loss, right = batch_loss(model, pairs, minibatches[number], config)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * number / total)) / 2
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += len(minibatches[number])
+        yield Step(
+            number,
+            {"loss": loss.detach(), "accuracy": right},
+            6 * seen,
+            0,
+            lap(),
+            lambda done=number + 1: pack(parameters, optimizer, generator, number=done) | before,
+        )
+    model.network.requires_grad_(False)
