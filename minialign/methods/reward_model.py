@@ -87,8 +87,9 @@ def _pearson(x: Float[Tensor, "*any"], y: Float[Tensor, "*any"]) -> Float[Tensor
 class RewardModel:
     """A transformers sequence classifier as a reward: `model(texts, prompts) -> scores (b,)`, outside autograd.
 
-    network: `AutoModelForSequenceClassification` with num_labels 1, or 2 for ODIN (quality first). It reads the prompt's
-    tokens, the response's, EOS. Scores are (output - bias) gain; `normalise` sets the two. rows: texts in one call of the network.
+    network: `AutoModelForSequenceClassification` with num_labels 1, or 2 for ODIN (quality first). It reads the tokens
+    of the prompt, those of the response, EOS. Scores are (output - bias) gain; `normalise` sets the two. rows: texts in
+    one call of the network.
     """
 
     def __init__(self, network: nn.Module, tokenizer, rows: int = 256, name: str = "reward_model"):
