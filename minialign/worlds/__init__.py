@@ -5,7 +5,15 @@ import importlib
 
 from minialign.worlds.base import World
 
-_MODULES = {"compass": "gaussian", "digits": "digits", "line": "gaussian", "ring": "gaussian", "shapes": "shapes"}
+_MODULES = {
+    "assistant": "assistant",
+    "compass": "gaussian",
+    "digits": "digits",
+    "line": "gaussian",
+    "ring": "gaussian",
+    "shapes": "shapes",
+    "tokens": "tokens",
+}
 
 
 def names() -> list[str]:

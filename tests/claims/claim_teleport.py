@@ -10,7 +10,7 @@
 Distances: Frechet, of the exact mixture to its own moments, of networks' samples to as many real ones (`shapes`: in the
 scorer's image features). Samples of a seed start from the same noise, skipped or not, and are compared in pairs.
 
-Run by `minialign replicate teleport` (about 25 minutes on two free cores); tests/claims/test_claims.py runs a small part
+Run by `minialign replicate teleport` (about 25 minutes on two free cores); tests/claims/test_claims.py runs a part
 of it.
 """
 

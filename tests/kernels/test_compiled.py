@@ -70,6 +70,26 @@ CASES |= {
     "lcm_guidance": (lambda g: kernels.lcm_guidance(g), (REWARDS,)),
     "diffusers_guidance": (lambda w: kernels.diffusers_guidance(w), (REWARDS,)),
 }  # fmt: skip
+TOKENS, VALID = torch.tensor([[0, 1, 2]] * N), torch.arange(3) < torch.tensor([[3], [1], [2], [3], [1]])
+VALUE_HEADS = (random(N, 3, 2, seed=21), random(N, 3, 2, seed=22), VALID)
+CASES |= {
+    "token_log_probs": (lambda x, t: kernels.token_log_probs(x, t, 0.7), (random(N, 3, 4, seed=20), TOKENS)),
+    "token_entropy": (lambda x: kernels.token_entropy(x, 0.7), (random(N, 3, 4, seed=20),)),
+    "sample_tokens": (lambda x, u: kernels.sample_tokens(x, u, 0.7), (random(N, 4, seed=20), A)),
+    "masked_mean": (lambda x, m: kernels.masked_mean(x, m), (X[:, 0], VALID)),
+    "masked_mean of rows": (lambda x, m: kernels.masked_mean(x, m, dim=1), (X[:, 0], VALID)),
+    "masked_whiten": (lambda x, m: kernels.masked_whiten(x, m), (X[:, 0], VALID)),
+    "masked_whiten kept": (
+        lambda x, m: kernels.masked_whiten(x, m, shift_mean=False, correction=1), (X[:, 0], VALID)
+    ),
+    "last_token": (lambda m: kernels.last_token(m), (VALID,)),
+    "token_rewards": (
+        lambda s, p, q, m: kernels.token_rewards(s, p, q, m, 0.3), (REWARDS, X[:, 0], Y[:, 0], VALID)
+    ),
+    "gae": (lambda r, v, m: kernels.gae(r, v, m, 0.99, 0.95), (X[:, 0], Y[:, 0], VALID)),
+    "gae of heads": (lambda r, v, m: kernels.gae(r, v, m), VALUE_HEADS),
+    "clipped_value_loss": (lambda v, o, g: kernels.clipped_value_loss(v, o, g, 0.2), (X, Y, Z)),
+}  # fmt: skip
 Z_SCORES = random(4, 3, seed=7)
 FLAT, VALUES = random(N, 6, seed=8), random(2, 3, seed=9) ** 2
 GAUSSIAN = (random(6, seed=10), random(6, 3, seed=11), VALUES[0])
