@@ -3,6 +3,7 @@
     distance to data      frechet_distance, mmd, sliced_wasserstein
     diversity             diversity (mean pairwise distance within a prompt), vendi_score
     distance to the base  path_kl, kl_to_base: exact Gaussian KL of every transition, in nats
+    over-optimisation     best_of_n_estimate, overoptimisation_law: gold reward against the distance from the base
     certainty             mean_ci, paired_difference, win_rate
 
 Distances and eigenvalues are computed in float64. Report a reward together with a diversity and a distance to the base.
@@ -169,6 +170,53 @@ def path_kl(policy, trajectory, steps_per_pass: int = 4) -> Float[Tensor, "batch
 def kl_to_base(policy, trajectory, steps_per_pass: int = 4) -> Float[Tensor, ""]:
     """Mean of `path_kl` over the trajectories, nats. Zero exactly when the policy is still the base."""
     return path_kl(policy, trajectory, steps_per_pass).mean()
+
+
+# ---------------------------------------------------------------------------------------------- over-optimisation
+
+
+def best_of_n_estimate(proxy: Num[Tensor, "pool"], gold: Num[Tensor, "pool"], n: int) -> Float64[Tensor, ""]:
+    """Mean gold reward of the best of n by proxy, from a pool of N >= n scored samples, without bias.
+
+    sum_i C(i - 1, n - 1) / C(N, n) gold_(i), samples in ascending order of proxy (Nakano et al., 2021, arXiv
+    2112.09332, appendix I): the mean over all subsets of size n. n = 1: the mean; n = N: the top sample.
+    """
+    size = len(proxy)
+    if not 1 <= n <= size:
+        raise ValueError(f"n is {n}; a pool of {size} samples serves n from 1 to {size}.")
+    rank = torch.arange(1, size + 1, dtype=torch.float64)
+
+    def log_choose(a: Tensor, b: int) -> Tensor:
+        return torch.lgamma(a + 1) - math.lgamma(b + 1) - torch.lgamma(a - b + 1)
+
+    log_weights = log_choose(rank[n - 1 :] - 1, n - 1) - log_choose(rank[-1], n)
+    return log_weights.exp() @ gold.double()[proxy.argsort()][n - 1 :]
+
+
+class Law(NamedTuple):
+    """R = d (alpha - beta d), or d (alpha - beta log d); r2: share of the variance that it explains."""
+
+    alpha: float
+    beta: float
+    r2: float
+
+
+def overoptimisation_law(distance: Num[Tensor, "n"], gold: Num[Tensor, "n"], form: str = "bon") -> Law:
+    """Least squares fit of gold reward against d = sqrt(KL), nats^1/2 (Gao, Schulman and Hilton, 2022, 2210.10760).
+
+    form "bon", best of n: R = d (alpha - beta d), peak at d = alpha / (2 beta). "rl": R = d (alpha - beta log d), peak
+    at log d = alpha / beta - 1. R(0) = 0, so gold must have mean 0 under the base. Points at d = 0 say nothing.
+    """
+    if form not in ("bon", "rl"):
+        raise ValueError(f"form is {form!r}; expected 'bon' or 'rl'.")
+    keep = distance > 0
+    d, r = distance[keep].double(), gold[keep].double()
+    if len(d) < 3:
+        raise ValueError(f"two coefficients from {len(d)} points with d > 0: give at least 3.")
+    inputs = torch.stack([d, -d * (d if form == "bon" else d.log())], 1)
+    alpha, beta = torch.linalg.lstsq(inputs, r.unsqueeze(1)).solution[:, 0]
+    error = (inputs @ torch.stack([alpha, beta]) - r).square().sum()
+    return Law(float(alpha), float(beta), float(1 - error / (r - r.mean()).square().sum()))
 
 
 # ---------------------------------------------------------------------------------------------- certainty

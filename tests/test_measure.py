@@ -1,5 +1,6 @@
 """Measures against closed forms, slow references and their limits."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -260,3 +261,41 @@ def test_a_level_is_a_probability():
 def test_a_tie_is_half_a_win():
     ours, base = torch.tensor([1.0, 2.0, 2.0, 5.0, 0.0]), torch.tensor([0.0, 2.0, 3.0, 4.0, 0.0])
     assert measure.win_rate(ours, base) == pytest.approx((2 + 0.5 * 2) / 5)
+
+
+# Over-optimisation ----------------------------------------------------------------------------------------------------
+
+
+def test_best_of_n_weights_by_hand():
+    """Sheet ppo_rlhf, check 4: with gold a unit vector the estimate is the weight of that rank."""
+    proxy = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.0])  # ranks 3, 1, 5, 2, 4
+    ranked = torch.eye(5)[torch.tensor([2, 0, 4, 1, 3])]  # column k: gold of the sample of rank k + 1
+    for n, weights in {1: [0.2] * 5, 2: [0, 0.1, 0.2, 0.3, 0.4], 3: [0, 0, 0.1, 0.3, 0.6], 5: [0, 0, 0, 0, 1]}.items():
+        got = [float(measure.best_of_n_estimate(proxy, ranked[:, k], n)) for k in range(5)]
+        assert got == pytest.approx(weights, abs=1e-12)
+    with pytest.raises(ValueError, match="n from 1 to 5"):
+        measure.best_of_n_estimate(proxy, proxy, 6)
+
+
+def test_best_of_n_is_the_mean_over_subsets():
+    generator = torch.Generator().manual_seed(0)
+    proxy, gold = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    subsets = [list(c) for c in itertools.combinations(range(9), 4)]
+    mean = torch.stack([gold[c][proxy[c].argmax()] for c in subsets]).mean()
+    torch.testing.assert_close(measure.best_of_n_estimate(proxy, gold, 4), mean)
+
+
+@pytest.mark.parametrize("form", ["bon", "rl"])
+def test_the_laws_are_recovered_and_peak_where_they_say(form):
+    d = torch.linspace(0, 4, 50, dtype=torch.float64)
+    r = d * (2.0 - 0.5 * (d if form == "bon" else d.clamp_min(1e-300).log()))
+    law = measure.overoptimisation_law(d, r, form)
+    assert law == pytest.approx((2.0, 0.5, 1.0))
+    peak = law.alpha / (2 * law.beta) if form == "bon" else math.exp(law.alpha / law.beta - 1)
+    near = d * (law.alpha - law.beta * (d if form == "bon" else d.clamp_min(1e-300).log()))
+    at = peak * (law.alpha - law.beta * (peak if form == "bon" else math.log(peak)))
+    assert at >= float(near.max()) - 1e-9
+    noisy = measure.overoptimisation_law(d, r + torch.randn(50, generator=torch.Generator().manual_seed(0)), form)
+    assert 0 < noisy.r2 < 0.9
+    with pytest.raises(ValueError, match="at least 3"):
+        measure.overoptimisation_law(d[:3], r[:3], form)

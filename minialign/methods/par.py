@@ -156,12 +156,20 @@ def check(config: Config) -> None:
 
 @torch.no_grad()
 def reference_rewards(
-    policy, reward, prompts: Sequence[str], num_references: int = 10, generator: torch.Generator | None = None
+    policy,
+    reward,
+    prompts: Sequence[str],
+    num_references: int = 10,
+    generator: torch.Generator | None = None,
+    **sampling,
 ) -> dict[str, Float[Tensor, "m"]]:
-    """{prompt: rewards of M of the policy's own responses}: call it before training, while the policy is the base."""
+    """{prompt: rewards of M of the policy's own responses}: call it before training, while the policy is the base.
+
+    sampling: what `policy.sample` wants besides, for example num_tokens of a language policy.
+    """
     unique = list(dict.fromkeys(prompts))
     repeated = [prompt for prompt in unique for _ in range(num_references)]
-    scores = checked(reward, policy.sample(repeated, generator=generator), repeated)
+    scores = checked(reward, policy.sample(repeated, generator=generator, **sampling), repeated)
     return dict(zip(unique, scores.view(len(unique), num_references), strict=True))
 
 

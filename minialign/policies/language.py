@@ -1,0 +1,511 @@
+"""A causal language model seen as a policy: a response is an episode, each token an action.
+
+    state     prompt and the tokens so far          action   the next token
+    policy    softmax(logits / temperature), all of it: no top-k, no top-p, so what is sampled is what is scored
+    reward    r(text, prompt), at the end
+
+`LanguagePolicy` wraps a transformers model and its tokenizer and never replaces them. Prompts are padded on the left,
+responses on the right: all responses of a batch then start in one column, and `tokens[:, i]` is everywhere the i-th
+action. Log-probabilities, values and masks are indexed by the action; the logits (and hidden states) that belong to
+it stand one position before it. Nothing is read from padding, so its content cannot matter.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minialign.kernels import at_least_float32, sample_tokens, token_entropy, token_log_probs
+
+
+@dataclass
+class Responses:
+    """Responses to prompts, a row each; `responses[rows]` selects rows.
+
+    prompt_tokens, prompt_mask (b, p), padded on the left; tokens, mask (b, t), padded on the right to the longest of
+    the responses. mask is True on every token of a response, its EOS included. log_probs (b, t) under the policy and
+    the temperature that sampled, 0 behind the end; None if the responses came from elsewhere. ended (b,): by EOS, not
+    by the limit on tokens. texts: without special tokens.
+    """
+
+    prompt_tokens: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+    log_probs: Tensor | None
+    ended: Tensor
+    prompts: list[str]
+    texts: list[str]
+    temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response (b,), its EOS included."""
+        return self.mask.sum(1)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Responses":
+        rows = torch.arange(len(self), device=self.tokens.device)[rows]
+        chosen = rows.tolist()
+        columns = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                columns[field.name] = value[rows]
+            elif isinstance(value, list):
+                columns[field.name] = [value[i] for i in chosen]
+        return replace(self, **columns)
+
+
+class Scores(NamedTuple):
+    """What one pass says about responses, all (b, t) and 0 behind the end; values (b, t, k) if asked, entropy too."""
+
+    log_probs: Tensor
+    values: Tensor | None
+    entropy: Tensor | None
+
+
+class ValueHeads(nn.Linear):
+    """k scalars from a hidden state, 0 at first; in float32 at least, whatever the trunk's precision."""
+
+    def __init__(self, hidden_size: int, num_heads: int, like: Tensor):
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        super().__init__(hidden_size, num_heads, device=like.device, dtype=dtype)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.to(self.weight.dtype))
+
+
+class LanguagePolicy:
+    """Any transformers causal language model with its tokenizer; or a module called in the same way.
+
+    network: called as `network(input_ids, attention_mask=...)`, it gives logits (b, s, v), as they are or as `.logits`.
+    What else it takes (position_ids, a cache, logits_to_keep) is used if its forward names it: a table needs none of
+    them. It may carry a LoRA adapter already, as a PeftModel.
+    fixed_length: responses have no EOS and always `num_tokens` tokens (enumerable worlds).
+    network_evaluations counts sequences: each pass over one, or its generation token by token, counts 1, and 3 if it
+    will be differentiated. A critic with its own trunk counts on its own, one on the policy's trunk nothing.
+
+    Raises ValueError for a tokenizer without EOS, or with ids that the network does not have.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer, *, fixed_length: bool = False):
+        # peft works in place: its wrapper is needed for saving alone
+        self._peft = network if hasattr(network, "get_base_model") else None
+        network = network if self._peft is None else network.get_base_model()
+        self.network = network.eval()  # dropout would make the ratio differ from 1 before the first update
+        self.tokenizer = tokenizer
+        self.eos = None if fixed_length else tokenizer.eos_token_id
+        if self.eos is None and not fixed_length:
+            raise ValueError(
+                "the tokenizer has no EOS token, so no response could end: set tokenizer.eos_token, or pass "
+                "fixed_length=True."
+            )
+        pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad = pad if pad is not None else self.eos or 0  # padding is masked: any token will do
+        vocabulary = getattr(getattr(network, "config", None), "vocab_size", None)
+        for name, token in (("EOS", self.eos), ("pad", self.pad)):
+            if vocabulary is not None and token is not None and token >= vocabulary:
+                raise ValueError(
+                    f"the tokenizer's {name} token has id {token}, but the network knows ids 0 to {vocabulary - 1}: "
+                    "call network.resize_token_embeddings(len(tokenizer)) before."
+                )
+        self.network_evaluations = 0
+        self._frozen_copy: nn.Module | None = None
+        self._value_heads: ValueHeads | None = None
+        self._value_network: nn.Module | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the network takes, or None if it does not say."""
+        return getattr(getattr(self.network, "config", None), "max_position_embeddings", None)
+
+    def to(self, device: torch.device | str) -> "LanguagePolicy":
+        """Moves the network, its reference and its critic in place."""
+        for module in (self.network, self._frozen_copy, self._value_heads, self._value_network):
+            if module is not None:
+                module.to(device)
+        return self
+
+    # ---------------------------------------------------------------- what is trained, and against which reference
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable ones, the critic's included. Raises ValueError when the network has none."""
+        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise ValueError("nothing to train: call policy.add_lora() or policy.train_all_weights() first.")
+        return trainable + self.value_parameters()
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Those of the critic alone: its heads, and its trunk if that is its own. Empty without a critic."""
+        modules = [module for module in (self._value_heads, self._value_network) if module is not None]
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+    def add_lora(
+        self,
+        rank: int = 4,
+        alpha: int | None = None,
+        target_modules: Sequence[str] | str = "all-linear",
+        seed: int = 0,
+    ) -> None:
+        """Freezes the network and adds a LoRA adapter (peft), zero at first. Reference: the network without it."""
+        from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
+
+        if not hasattr(self.network, "get_output_embeddings"):
+            raise ValueError(f"{type(self.network).__name__} takes no LoRA: call policy.train_all_weights() instead.")
+        if self._adapters():
+            raise ValueError("this network has an adapter already; train that one, or merge it and start again.")
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha or rank,
+            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.network.modules()),  # GPT-2
+            init_lora_weights="gaussian",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._peft = get_peft_model(self.network, config).eval()
+
+    def train_all_weights(self) -> None:
+        """Makes every weight of the network trainable, and keeps a frozen copy of it as the reference."""
+        self._frozen_copy = copy.deepcopy(self.network).requires_grad_(False)
+        self.network.requires_grad_(True)
+
+    def add_value_heads(self, num_heads: int = 1, *, own_trunk: bool = False, network: nn.Module | None = None) -> None:
+        """A critic with `num_heads` outputs, all 0 at first: linear heads on the policy's last hidden state.
+
+        own_trunk: on a copy of the network as it is now, all of it trainable: policy and critic then do not pull at one
+        trunk. network: another module called like the policy, with outputs (b, s, num_heads) as they are or as
+        `.logits`: a table, or a token classifier. Replaces an earlier critic.
+        """
+        self._value_heads = self._value_network = None
+        if network is not None:
+            self._value_network = network.eval()
+            return
+        hidden_size = getattr(getattr(self.network, "config", None), "hidden_size", None)
+        if hidden_size is None:
+            raise ValueError(
+                f"{type(self.network).__name__} has no hidden states to put value heads on: pass network=, a module "
+                "with one output a head."
+            )
+        heads = ValueHeads(hidden_size, num_heads, next(self.network.parameters()))
+        if own_trunk:
+            self._value_network = copy.deepcopy(self.network)
+            self._value_network.set_output_embeddings(heads)  # in the place of the vocabulary
+            self._value_network.requires_grad_(True).eval()
+        else:
+            self._value_heads = heads
+
+    def _adapters(self) -> list[nn.Module]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes what was trained: LoRA in peft's format (`PeftModel.from_pretrained`), else all trainable weights.
+
+        The critic is not written: it is of no use without the run that it served.
+        """
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if self._peft is not None:
+            self._peft.save_pretrained(folder)
+            return
+        weights = {name: p.detach().contiguous() for name, p in self.network.named_parameters() if p.requires_grad}
+        save_file(weights, Path(folder) / "trainable.safetensors")
+
+    # ---------------------------------------------------------------- the network
+
+    def _call(
+        self,
+        network: nn.Module,
+        tokens: Tensor,
+        mask: Tensor,
+        keep: int,
+        *,
+        cache=None,
+        hidden: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(outputs, hidden states) at the last `keep` of `tokens`; `mask` also covers what is in the cache."""
+        accepted = _named_inputs(network)
+        inputs = {"attention_mask": mask.long()}
+        if "position_ids" in accepted:  # counted from the first real token
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = keep
+        if hidden:
+            inputs["output_hidden_states"] = True
+        if cache is not None:
+            inputs |= {_cache_name(accepted): cache, "use_cache": True}
+        elif "use_cache" in accepted:
+            inputs["use_cache"] = False
+        output = network(tokens, **inputs)
+        logits = getattr(output, "logits", output)[:, -keep:]
+        return logits, output.hidden_states[-1] if hidden else None
+
+    def _reference_call(self, *args) -> tuple[Tensor, None]:
+        if self._frozen_copy is not None:
+            return self._call(self._frozen_copy, *args)
+        adapters = self._adapters()
+        if not adapters:
+            raise ValueError(
+                "this policy has no reference: call policy.add_lora() or policy.train_all_weights() before training."
+            )
+        for module in adapters:
+            module.enable_adapters(False)
+        try:
+            return self._call(self.network, *args)
+        finally:
+            for module in adapters:
+                module.enable_adapters(True)
+
+    # ---------------------------------------------------------------- prompts and responses
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens and mask (b, p) of prompts, padded on the left. The tokenizer adds what it adds to any text (BOS).
+
+        Raises ValueError for an empty list, an empty prompt, one that ends with EOS, one that fills the context.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is the string {prompts!r}; expected a list of strings: [{prompts!r}].")
+        if len(prompts) == 0:
+            raise ValueError("prompts is empty; give at least one.")
+        unique = list(dict.fromkeys(prompts))
+        ids = dict(zip(unique, self.tokenizer(unique)["input_ids"], strict=True))
+        for prompt in unique:
+            self._check_prompt(prompt, list(ids[prompt]))
+        return self._pad([list(ids[prompt]) for prompt in prompts], left=True)
+
+    def _check_prompt(self, prompt: str, ids: list[int]) -> None:
+        if not ids:
+            raise ValueError(f"prompt {prompt!r} has no tokens: the first action needs at least one before it (a BOS).")
+        if ids[-1] == self.eos and len(ids) > 1:
+            raise ValueError(
+                f"the tokenizer ends prompt {prompt!r} with EOS, so its response would follow an end: use a tokenizer "
+                "that does not add EOS (add_eos_token=False)."
+            )
+        if self.context is not None and len(ids) >= self.context:
+            raise ValueError(
+                f"prompt {prompt[:40]!r} has {len(ids)} tokens, and the network's context is {self.context}: no room "
+                "is left for a response. Shorten the prompt."
+            )
+
+    def _pad(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
+        width = max(map(len, rows))
+        padded, mask = [], []
+        for row in rows:
+            gap = width - len(row)
+            before, after = (gap, 0) if left else (0, gap)
+            padded.append([self.pad] * before + list(row) + [self.pad] * after)
+            mask.append([False] * before + [True] * len(row) + [False] * after)
+        return torch.tensor(padded, device=self.device), torch.tensor(mask, device=self.device)
+
+    def responses(
+        self, prompts: Sequence[str], responses: Sequence[str] | Sequence[Sequence[int]], temperature: float | int = 1.0
+    ) -> Responses:
+        """Given responses, ready to be scored: texts (EOS is added), or token ids, which are taken as they are."""
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses: give one response to each.")
+        prompt_tokens, prompt_mask = self.encode(prompts)
+        if isinstance(responses[0], str):
+            end = [] if self.eos is None else [self.eos]
+            ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+            responses = [list(row) + end for row in ids]
+        empty = [i for i, row in enumerate(responses) if len(row) == 0]
+        if empty:
+            raise ValueError(f"response {empty[0]} has no tokens; every response has at least its EOS.")
+        tokens, mask = self._pad(responses, left=False)
+        self._check_context(prompt_tokens.shape[1], tokens.shape[1])
+        ended = torch.tensor([row[-1] == self.eos for row in responses], device=self.device)
+        return Responses(
+            prompt_tokens,
+            prompt_mask,
+            tokens,
+            mask,
+            None,
+            ended,
+            list(prompts),
+            self._texts(tokens, mask),
+            float(temperature),
+        )
+
+    def _texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        rows = zip(tokens.tolist(), mask.sum(1).tolist(), strict=True)
+        return self.tokenizer.batch_decode([row[:length] for row, length in rows], skip_special_tokens=True)
+
+    def _check_context(self, prompt_length: int, num_tokens: int) -> None:
+        if self.context is not None and prompt_length + num_tokens > self.context:
+            raise ValueError(
+                f"the longest prompt has {prompt_length} tokens and num_tokens is {num_tokens}, together more than the "
+                f"network's context of {self.context}: shorten one of them."
+            )
+
+    def draw_noise(self, num_samples: int, num_tokens: int, generator: torch.Generator | None = None) -> Tensor:
+        """All the randomness of a generation: uniform (num_samples, num_tokens), one number a token, float64."""
+        device = generator.device if generator is not None else torch.device("cpu")
+        return torch.rand(num_samples, num_tokens, generator=generator, device=device, dtype=torch.float64)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        num_tokens: int,
+        *,
+        generator: torch.Generator | None = None,
+        temperature: float | int = 1.0,
+        noise: Tensor | None = None,
+    ) -> Responses:
+        """One response to each prompt, of at most `num_tokens` tokens, sampled from softmax(logits / temperature).
+
+        Stops when all have ended. noise: as from `draw_noise`, which is called if it is None; a row's response depends
+        on its own prompt and noise alone. With a cache a token costs one position; log_probs of cached and of whole
+        passes agree to rounding (1e-6 in float32).
+        """
+        if num_tokens < 1 or not temperature > 0:
+            raise ValueError(
+                f"num_tokens is {num_tokens}, temperature {temperature}; expected at least 1, and above 0."
+            )
+        prompt_tokens, prompt_mask = self.encode(prompts)
+        self._check_context(prompt_tokens.shape[1], num_tokens)
+        noise = self.draw_noise(len(prompts), num_tokens, generator) if noise is None else noise
+        noise = noise.to(self.device, torch.float32 if self.device.type == "mps" else noise.dtype)
+        self.network_evaluations += len(prompts)
+        cache = self._new_cache()
+        sequence, seen = prompt_tokens, prompt_mask
+        running = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
+        tokens, mask, log_probs = [], [], []
+        for step in range(num_tokens):
+            new = sequence if cache is None or step == 0 else sequence[:, -1:]
+            logits, _ = self._call(self.network, new, seen, keep=1, cache=cache)
+            token = sample_tokens(logits[:, 0], noise[:, step], temperature)
+            token = torch.where(running, token, self.pad)
+            log_prob = token_log_probs(logits, token.unsqueeze(1), temperature).squeeze(1)
+            tokens.append(token)
+            mask.append(running)
+            log_probs.append(torch.where(running, log_prob, 0.0))
+            sequence = torch.cat([sequence, token.unsqueeze(1)], 1)
+            seen = torch.cat([seen, running.unsqueeze(1)], 1)
+            if self.eos is not None:
+                running = running & (token != self.eos)
+                if not running.any():
+                    break
+        tokens, mask = torch.stack(tokens, 1), torch.stack(mask, 1)
+        return Responses(
+            prompt_tokens, prompt_mask, tokens, mask, torch.stack(log_probs, 1), ~running, list(prompts),
+            self._texts(tokens, mask), float(temperature),
+        )  # fmt: skip
+
+    def sample(
+        self, prompts: Sequence[str], *, num_tokens: int, generator: torch.Generator | None = None
+    ) -> list[str]:
+        """The texts of `generate`, one to each prompt: what a reward takes."""
+        return self.generate(prompts, num_tokens, generator=generator).texts
+
+    def _new_cache(self):
+        if _cache_name(_named_inputs(self.network)) is None:
+            return None
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.network.config)
+
+    # ---------------------------------------------------------------- scoring
+
+    def score(
+        self,
+        responses: Responses,
+        *,
+        temperature: float | int | None = None,
+        reference: bool = False,
+        values: bool = False,
+        entropy: bool = False,
+    ) -> Scores:
+        """Log-probabilities of every token in one pass, and values and entropy from the same pass if asked.
+
+        temperature: the one that the responses were sampled at, by default. reference=True: under the frozen base
+        model, without gradient. Gradients flow otherwise: wrap it in torch.no_grad() where they are not wanted.
+        """
+        if values and reference:
+            raise ValueError("the reference has no values: ask for them in a call of their own.")
+        temperature = responses.temperature if temperature is None else temperature
+        hidden = values and self._value_heads is not None
+        logits, states = self._teacher_forced(self.network, responses, reference=reference, hidden=hidden)
+        valid = responses.mask
+        return Scores(
+            torch.where(valid, token_log_probs(logits, responses.tokens, temperature), 0.0),
+            self._values(responses, states) if values else None,
+            torch.where(valid, token_entropy(logits, temperature), 0.0) if entropy else None,
+        )
+
+    def log_probs(
+        self, responses: Responses, *, temperature: float | int | None = None, reference: bool = False
+    ) -> Float[Tensor, "b t"]:
+        """log pi(token | prompt, tokens before), nats, 0 behind the end; see `score`."""
+        return self.score(responses, temperature=temperature, reference=reference).log_probs
+
+    def values(self, responses: Responses) -> Float[Tensor, "b t k"]:
+        """What the critic expects BEFORE each token, a number a head, 0 behind the end. Needs `add_value_heads`."""
+        states = None
+        if self._value_heads is not None:
+            _, states = self._teacher_forced(self.network, responses, hidden=True, keep=1)
+        return self._values(responses, states)
+
+    def log_probs_and_values(
+        self, responses: Responses, *, temperature: float | int | None = None
+    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t k"]]:
+        """Both from one pass, where the critic sits on the policy's trunk."""
+        scores = self.score(responses, temperature=temperature, values=True)
+        return scores.log_probs, scores.values
+
+    def _teacher_forced(
+        self,
+        network: nn.Module,
+        responses: Responses,
+        *,
+        reference: bool = False,
+        hidden: bool = False,
+        keep: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs at the positions before each token: the last token is not read, for it predicts nothing."""
+        differentiated = torch.is_grad_enabled() and not reference
+        self.network_evaluations += len(responses) * (3 if differentiated else 1)
+        tokens = torch.cat([responses.prompt_tokens, responses.tokens], 1)[:, :-1]
+        mask = torch.cat([responses.prompt_mask, responses.mask], 1)[:, :-1]
+        keep = responses.tokens.shape[1] if keep is None else keep
+        if reference:
+            with torch.no_grad():
+                return self._reference_call(tokens, mask, keep)
+        return self._call(network, tokens, mask, keep, hidden=hidden)
+
+    def _values(self, responses: Responses, states: Tensor | None) -> Tensor:
+        if self._value_heads is not None:
+            values = self._value_heads(states[:, -responses.tokens.shape[1] :])
+        elif self._value_network is not None:
+            values, _ = self._teacher_forced(self._value_network, responses)
+        else:
+            raise ValueError("this policy has no critic: call policy.add_value_heads() before.")
+        return torch.where(responses.mask.unsqueeze(-1), at_least_float32(values), 0.0)
+
+
+def _named_inputs(network: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(network.forward).parameters)
+
+
+def _cache_name(accepted: frozenset[str]) -> str | None:
+    """transformers renames past_key_values to cache in 5.2x; older models know the first, other modules neither."""
+    return next((name for name in ("cache", "past_key_values") if name in accepted), None)
