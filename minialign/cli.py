@@ -60,6 +60,7 @@ RECIPES = {
     ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
 }
 WEIGHTS_MADE_BY = {
+    "assistant": "minialign.worlds.pretrain_tokens",
     "digits": "minialign.worlds.pretrain_digits",
     "digits_edm": "minialign.worlds.pretrain_edm",
     "patches": "minialign.worlds.pretrain_edm",

@@ -411,9 +411,7 @@ class LanguagePolicy:
             self._texts(tokens, mask), float(temperature),
         )  # fmt: skip
 
-    def sample(
-        self, prompts: Sequence[str], *, num_tokens: int, generator: torch.Generator | None = None
-    ) -> list[str]:
+    def sample(self, prompts: Sequence[str], *, num_tokens: int, generator: torch.Generator | None = None) -> list[str]:
         """The texts of `generate`, one to each prompt: what a reward takes."""
         return self.generate(prompts, num_tokens, generator=generator).texts
 
