@@ -16,6 +16,8 @@ import claim_b2diffurl
 import claim_b2diffurl_shapes
 import claim_consistency
 import claim_ddpo
+import claim_par
+import claim_ppo
 import claim_rlcm
 import claim_rlcm_shapes
 import claim_teleport
@@ -41,6 +43,8 @@ CLAIMS = {
     "b2diffurl": claim_b2diffurl,
     "b2diffurl_shapes": claim_b2diffurl_shapes,
     "consistency": claim_consistency,
+    "par": claim_par,
+    "ppo": claim_ppo,
     "rlcm": claim_rlcm,
     "rlcm_shapes": claim_rlcm_shapes,
     "teleport": claim_teleport,
@@ -99,6 +103,33 @@ def test_one_seed_of_teleportation(monkeypatch):
     assert found["dropped"]["8"] < found["dropped"]["0"] + 0.05
     assert found["start"]["teleport, 1"] < 0.4 * found["start"]["isotropic, 1"]
     assert found["start"]["rank 2, 1"] > 2 * found["start"]["teleport, 1"]
+
+
+def test_over_optimisation_and_par_can_fail():
+    stored = json.loads((HERE / "results/ppo.json").read_text())["runs"]
+    far = [r | ({"to_optimum": 0.06} if r.get("beta") == 0.5 and r["seed"] == 3 else {}) for r in stored]
+    failed = [b["id"] for b in claim_ppo.verdict(far)["bars"] if not b["passed"]]
+    assert any("exact optimum" in name for name in failed)
+    stored = json.loads((HERE / "results/par.json").read_text())["runs"]
+    vanilla = {r["seed"]: r["gold"] for r in stored if r.get("method") == "vanilla" and r["beta"] == 0.05}
+    useless = [
+        r | ({"gold": vanilla[r["seed"]]} if r.get("method") == "par" and r["beta"] == 0.05 else {}) for r in stored
+    ]
+    assert claim_par.verdict(useless)["verdict"] == "does not replicate in miniature"
+
+
+def test_one_seed_of_over_optimisation_and_of_par():
+    # sheets: the small proxy's gold turns down by 1.5 and more; PAR ends .8 +- .2 above vanilla over 20 worlds
+    run = claim_ppo.exact_run(0, inverted_u=True)
+    assert (
+        max(run["small"]["gold"]) - run["small"]["gold"][-1] > 0.5 and run["small"]["law"][1] > run["large"]["law"][1]
+    )
+    held = claim_ppo.ppo_run(0, 0.5, rounds=200)
+    assert held["to_optimum"] < 0.1 and held["kl"][-1] > 0.5
+    tilted = claim_par.tilt_run(0)["gold"]
+    assert tilted["par, 1"] > tilted["vanilla, 1"] > tilted["sgfc, 1"]
+    heavy = claim_par.control_run("student", 0)["gold"]
+    assert heavy["par, 1"] > heavy["vanilla, 1"] + 0.1
 
 
 def test_b2diffurl_fails_if_it_collapses_like_ddpo():
