@@ -146,7 +146,8 @@ class Gaussian:
         if x[0].numel() != len(self.mean):
             raise ValueError(
                 f"x has {x[0].numel()} elements a sample, these statistics {len(self.mean)}: they are of other data "
-                "(pixels instead of latents?) or of another size."
+                f"(pixels instead of latents?) or of another size. x is {tuple(x.shape)}; only its first axis counts "
+                "samples."
             )
         return kernel(x.flatten(1), *args, **kwargs).reshape(x.shape)
 
@@ -230,6 +231,7 @@ def _mixture_terms(x, sigma, log_weights, means, vectors, values):
 
 def delta_score(x: Float[Tensor, "b d"], sigma: Level, data: Float[Tensor, "n d"]) -> Float[Tensor, "b d"]:
     """Score of the training set itself, a mixture of n points: what a network would learn that memorises."""
+    x, data = at_least_float32(x), at_least_float32(data)
     log_weights = -(torch.cdist(x, data) ** 2) / (2 * sigma**2)
     return (log_weights.softmax(-1) @ data - x) / sigma**2
 
@@ -248,12 +250,15 @@ class Mixture(NamedTuple):
     ) -> "Mixture":
         """k-means clusters, each with its own mean, weight, and leading `rank` eigenpairs (+ ridge).
 
-        As in the authors' code, which fits no mixture by likelihood. A cluster with few members has few eigenpairs of
-        its own; the others are `ridge`. Raises ValueError if a cluster has fewer than two members.
+        As in the authors' code, which fits no mixture by likelihood. Kept eigenpairs that a small cluster lacks are
+        `ridge`; outside the `rank` kept ones a cluster has no width at all, which at low noise costs dearly: keep all
+        of them where you can. Raises ValueError if a cluster has fewer than two members, or rank exceeds d.
         """
         from sklearn.cluster import MiniBatchKMeans
 
         flat = at_least_float32(data.flatten(1))
+        if not 1 <= rank <= flat.shape[1]:
+            raise ValueError(f"rank is {rank}; samples of {flat.shape[1]} elements have 1 to {flat.shape[1]} modes.")
         labels = MiniBatchKMeans(num_components, random_state=seed, n_init=3).fit_predict(flat.cpu().numpy())
         labels = torch.from_numpy(labels).to(flat.device)
         groups = [flat[labels == c] for c in range(num_components)]

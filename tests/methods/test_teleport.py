@@ -241,6 +241,7 @@ def test_explained_variance():
         (lambda: Gaussian.fit(random(5, 9) / 0), "nan or inf"),
         (lambda: gaussian().flow(random(2, 8), 80.0, 1.0), "8 elements a sample, these statistics 7"),
         (lambda: Mixture.fit(random(5, 2), 5, rank=1), "fewer than 5 components"),
+        (lambda: Mixture.fit(random(5, 2), 2, rank=3), "1 to 2 modes"),
     ],
 )
 def test_refusals(act, message):
