@@ -121,6 +121,16 @@ def diversity(samples: Num[Tensor, "batch *dims"], prompts: Sequence[str], *, re
     return torch.stack(means).mean() / (math.sqrt(flat.shape[1]) if reduction == "mean" else 1.0)
 
 
+def distinct(texts: Sequence[str], n: int) -> float:
+    """distinct-n (Li et al., 2016): how many different n-grams of words there are, over how many there are in all.
+
+    In (0, 1]; it falls as the number of texts grows, so compare equal numbers. 0 where no text has n words.
+    """
+    words = [text.split() for text in texts]
+    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
 def vendi_score(
     features: Num[Tensor, "n d"] | None = None, *, similarity: Num[Tensor, "n n"] | None = None
 ) -> Float64[Tensor, ""]:

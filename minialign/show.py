@@ -293,6 +293,53 @@ def before_after(
     return ax.figure
 
 
+def before_after_texts(
+    before: Sequence[str],
+    after: Sequence[str],
+    prompts: Sequence[str],
+    scores_before: Numbers,
+    scores_after: Numbers,
+    path: str | Path | None = None,
+    *,
+    rows: int = 8,
+    labels: tuple[str, str] = ("before", "after"),
+    score_name: str = "score",
+    title: str | None = None,
+):
+    """What training did, in sentences: the first answer to each of the first `rows` prompts, before and after.
+
+    All n answers count for the means above the columns. With `path` it is saved, described in words. -> Figure
+    """
+    scores = [torch.as_tensor(s).detach().float().cpu() for s in (scores_before, scores_after)]
+    _same_length(
+        len(before), "texts in before", after=after, prompts=prompts, scores_before=scores[0], scores_after=scores[1]
+    )
+    first = [members[0] for members in list(_rows_by_prompt(prompts).values())[:rows]]
+    left, column, pitch = 2.7, 4.3, 1.22 * FONT_SIZE / 72
+    blocks = [[_wrap(side[i], column - 0.6, FONT_SIZE) for side in (before, after)] for i in first]
+    heights = [max(map(len, pair)) * pitch + 0.22 for pair in blocks]
+    above, width = 1.0 if title else 0.6, left + 2 * column + 0.2
+    headings = [_heading(label, s, score_name, False) for label, s in zip(labels, scores, strict=True)]
+    description = f"{title + '. ' if title else ''}Answers to {len(first)} prompts. {headings[0]}, {headings[1]}."
+    with style():
+        ax = _canvas(None, width, above + sum(heights) + 0.1, description, 1.0)
+        ax.text(0.2, 0.14, title or "", fontsize=TITLE_SIZE, va="top", weight="bold")
+        for side, (heading, color) in enumerate(zip(headings, (QUIET, INK), strict=True)):
+            ax.text(left + side * column, above - 0.14, heading, fontsize=FONT_SIZE, weight="bold", color=color)
+        y = above
+        for i, pair, height in zip(first, blocks, heights, strict=True):
+            ax.plot([0.2, width - 0.2], [y, y], color=FAINT, linewidth=1)
+            _lines(ax, 0.2, y + 0.07, _wrap(prompts[i], left - 0.5, FONT_SIZE), FONT_SIZE, 1.0, color=QUIET)
+            for side, (lines, score) in enumerate(zip(pair, scores, strict=True)):
+                x = left + side * column
+                _lines(ax, x, y + 0.07, lines, FONT_SIZE, 1.0)
+                _lines(ax, x + column - 0.25, y + 0.07, [f"{score[i]:+.1f}"], FONT_SIZE, 1.0, ha="right", color=QUIET)
+            y += height
+    if path is not None:
+        save(ax.figure, path, description)
+    return ax.figure
+
+
 def _rows_by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):

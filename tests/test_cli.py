@@ -10,9 +10,11 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from minialign import cli
+from minialign import bench, cli
+from minialign import run as running
 
 FAST = ["--world", "compass", "--steps", "4", "--quiet", "--set", "num_prompts=32", "--set", "num_steps=5"]
 
@@ -91,7 +93,7 @@ def test_ctrl_c_saves_what_was_learned_and_resume_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dppo"], "unknown method 'dppo'; did you mean 'ddpo'?"),
+        (["dpo"], "unknown method 'dpo'; did you mean 'ddpo'?"),
         (["ddpo", "--world", "shape"], "unknown world 'shape'; did you mean 'shapes'?"),
         (["ddpo", "--set", "learning_rat=1"], "unknown field 'learning_rat'; did you mean 'learning_rate'?"),
         (["ddpo", "--set", "num_prompts=many"], "num_prompts=many: expected int"),
@@ -100,6 +102,10 @@ def test_ctrl_c_saves_what_was_learned_and_resume_goes_on(tmp_path):
         (["ddpo", "--world", "compass", "--reward", "nowhere:f"], "cannot load the reward"),
         (["ddpo", "--world", "compass", "--set", "eta=0"], "eta = 0"),
         (["ddpo", "--world", "compass", "--set", "num_minibatches=999"], "more than the 256 samples"),
+        (["ppo", "--world", "shapes"], "ppo trains language models, which world 'shapes' has not. It has: assistant"),
+        (["ddpo", "--world", "assistant"], "ddpo trains image models"),
+        (["ppo", "--set", "eta=1"], "unknown field 'eta'"),
+        (["ppo", "--set", "num_minibatches=65"], "more than the 64 responses"),
         (["--resume", "nothing"], "holds no run to resume"),
         ([], "which method?"),
     ],
@@ -116,6 +122,37 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_ppo_teaches_the_assistant_and_resumes(tmp_path, capsys, lora_rank):
+    small = [
+        "ppo",
+        "--quiet",
+        "--set",
+        "num_prompts=16",
+        "--set",
+        "learning_rate=0.003",
+        "--set",
+        f"lora_rank={lora_rank}",
+    ]
+    assert run(*small, "--steps", 6, "--out", "whole") == 0
+    whole = json.loads((tmp_path / "whole/summary.json").read_text())
+    assert whole["before"]["kl"] == 0 and whole["after"]["kl"] > 0.05 and whole["reward_queries"] == 6 * 16
+    assert whole["before"]["reward"] == whole["before"]["oracle"] and 0 < whole["after"]["diversity"] < 1
+    assert "oracle (gold reward)" in capsys.readouterr().out
+    weights = "adapter_model.safetensors" if lora_rank else "trainable.safetensors"
+    assert (tmp_path / "whole" / weights).exists() and (tmp_path / "whole/before_after.png").stat().st_size > 10_000
+    assert run(*small, "--steps", 3, "--out", "part") == 0
+    assert run("--resume", "part", "--steps", 6, "--quiet") == 0
+    part = json.loads((tmp_path / "part/summary.json").read_text())
+    assert part["after"] == whole["after"]
+
+
+def test_ppo_climbs_in_the_enumerable_world(tmp_path):
+    assert run("ppo", "--world", "tokens", "--steps", 60, "--quiet", "--out", "r") == 0
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["after"]["reward"] > summary["before"]["reward"] + 1
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -128,30 +165,29 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path, capsys):
 def test_a_broken_reward_is_named_and_nothing_is_left(body, message, tmp_path, capsys, monkeypatch):
     module = f"reward_{abs(hash(body))}"
     (tmp_path / f"{module}.py").write_text(f"def mine(samples, prompts):\n    {body}\n")
-    monkeypatch.setattr(cli, "EVALUATION_SAMPLES", 32)
-    monkeypatch.setattr(cli, "KL_SAMPLES", 8)
+    monkeypatch.setattr(running, "EVALUATION_SAMPLES", 32)
+    monkeypatch.setattr(running, "KL_SAMPLES", 8)
     assert run("ddpo", *FAST, "--reward", f"{module}:mine", "--out", "r") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 
 
 def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path, monkeypatch):
-    import torch
     from diffusers import StableDiffusionPipeline
 
     from minialign.policies.diffusion import DiffusionPolicy
     from minialign.worlds.base import WEIGHTS
 
     drawn = []
-    monkeypatch.setattr(cli, "EVALUATION_SAMPLES", 16)
-    monkeypatch.setattr(cli, "KL_SAMPLES", 4)
-    report = cli.report
+    monkeypatch.setattr(running, "EVALUATION_SAMPLES", 16)
+    monkeypatch.setattr(running, "KL_SAMPLES", 4)
+    report = running.report
 
     def keep(run, world, rows, before, after, *rest):
         drawn.append((before, after))
         return report(run, world, rows, before, after, *rest)
 
-    monkeypatch.setattr(cli, "report", keep)
+    monkeypatch.setattr(running, "report", keep)
     small = ["num_prompts=4", "group_size=4", "warmup_updates=0", "learning_rate=0.02"]
     assert run("ddpo", "--steps", 1, "--quiet", "--out", "r", *(word for s in small for word in ("--set", s))) == 0
     (before, after) = drawn[0]
@@ -159,7 +195,7 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
 
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "shapes", local_files_only=True)
     pipe.load_lora_weights(tmp_path / "r")
-    policy = DiffusionPolicy.from_pipeline(pipe, num_steps=cli.WORLDS["shapes"]["num_steps"], guidance_scale=1.0)
+    policy = DiffusionPolicy.from_pipeline(pipe, num_steps=running.WORLDS["shapes"]["num_steps"], guidance_scale=1.0)
     noise = policy.draw_noise(16, torch.Generator().manual_seed(10_000))
     torch.testing.assert_close(policy.sample(after["prompts"], noise), after["samples"], atol=1e-4, rtol=0)
     # and with no code of ours at all: the pipeline's own call, deterministic sampler
@@ -169,10 +205,10 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
 
 
 def test_bench_stores_its_rows(tmp_path, capsys, quick_distillation):
-    measure = ["bench", "--methods", *cli.PASSES, "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]
+    measure = ["bench", "--methods", *bench.PASSES, "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]
     assert cli.main(measure) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["method"] for row in rows] == list(cli.PASSES)
+    assert [row["method"] for row in rows] == list(bench.PASSES)
     for row in rows:
         assert set(row) == {"method", "world", "device", "step_seconds", "floor_seconds", "ratio"}
         ratio = row["step_seconds"] / row["floor_seconds"]
@@ -180,15 +216,31 @@ def test_bench_stores_its_rows(tmp_path, capsys, quick_distillation):
     assert cli.main(["bench", "--methods", "rvr"]) == 2
 
 
+def test_the_floor_of_ppo_is_its_rounds_rows(monkeypatch):
+    """Rows that the bare passes send through policy and critic, against what a round is charged for."""
+    config = importlib.import_module("minialign.methods.ppo").Config(num_iterations=1, num_prompts=6, num_epochs=2)
+    world = running.load_world("assistant", dict(lora_rank=0), "ppo")
+    seen = {"policy": [], "critic": []}
+    for name, module in (("policy", world.policy.network), ("critic", world.policy.critic)):
+        module.register_forward_hook(
+            lambda _, inputs, __, name=name: seen[name].append((inputs[0].shape[0], torch.is_grad_enabled()))
+        )
+    seconds = bench.language_floor_seconds(world.policy, config, {"longest": 5}, world.prompts)
+    assert seconds > 0
+    assert seen["policy"] == [(6, False)] * (5 + 1) + [(6, True)] * 2  # five words, the reference, two epochs
+    assert seen["critic"] == [(6, False)] + [(6, True)] * 2
+    assert all(parameter.grad is None for parameter in world.policy.parameters())
+
+
 def test_teleportation_is_measured_without_a_square_matrix():
-    row = cli.teleport_row("cpu", dim=20_000, rank=8, num_images=100, batch=4)
+    row = bench.teleport_row("cpu", dim=20_000, rank=8, num_images=100, batch=4)
     assert row["statistics_seconds"] > 0 and row["jump_seconds"] > 0
     assert row["memory_over_data"] < 20  # 20,000 x 20,000 would be 200 times the data
 
 
 @pytest.fixture
 def quick_distillation(monkeypatch):
-    monkeypatch.setitem(cli.DISTILLATIONS, "compass", dict(num_iterations=3, batch_size=16))
+    monkeypatch.setitem(running.DISTILLATIONS, "compass", dict(num_iterations=3, batch_size=16))
 
 
 def test_rlcm_on_a_world_without_a_twin_distils_one_first(tmp_path, capsys, quick_distillation):
@@ -203,7 +255,7 @@ def test_rlcm_on_a_world_without_a_twin_distils_one_first(tmp_path, capsys, quic
     assert cli.main([*run, "--set", "eta=0.5", "--out", "t"]) == 2  # a consistency sampler has no eta
 
 
-@pytest.mark.parametrize("method", cli.PASSES)
+@pytest.mark.parametrize("method", bench.PASSES)
 def test_the_floor_has_the_networks_rows_of_a_step(method, quick_distillation):
     """The rows of the floor's passes, backward ones counted thrice, are the step's own network evaluations."""
     config = importlib.import_module(f"minialign.methods.{method}").Config
@@ -212,13 +264,13 @@ def test_the_floor_has_the_networks_rows_of_a_step(method, quick_distillation):
         "b2diffurl": dict(num_branches=3, first_window=2, last_window=3, steps_per_pass=2),
         "rlcm": dict(group_size=2),
     }[method]))  # fmt: skip
-    sampler = dict(guidance_scale=1.0) if method in cli.CONSISTENCY else dict(eta=1.0)
-    world = cli.load_world("compass", dict(num_steps=5, lora_rank=1, **sampler), method)
+    sampler = dict(guidance_scale=1.0) if method in running.CONSISTENCY else dict(eta=1.0)
+    world = running.load_world("compass", dict(num_steps=5, lora_rank=1, **sampler), method)
     world.policy.network_evaluations = 0
     train = importlib.import_module(f"minialign.methods.{method}").train
     spent = 0
     for step in train(world.policy, lambda samples, prompts: samples[:, 0], world.prompts, config):
-        forward, backward = cli.PASSES[method](world.policy, config, step.metrics)
+        forward, backward = bench.PASSES[method](world.policy, config, step.metrics)
         spent += sum(forward) + 3 * sum(backward)
         assert step.network_evaluations == spent
 

@@ -299,3 +299,11 @@ def test_the_laws_are_recovered_and_peak_where_they_say(form):
     assert 0 < noisy.r2 < 0.9
     with pytest.raises(ValueError, match="at least 3"):
         measure.overoptimisation_law(d[:3], r[:3], form)
+
+
+def test_distinct_counts_by_hand():
+    # a b, b a, a b | a b, b c: five pairs, three different; words: a b c of seven
+    texts = ["a b a b", "a b c"]
+    assert measure.distinct(texts, 2) == 3 / 5 and measure.distinct(texts, 1) == 3 / 7
+    assert measure.distinct(texts * 10, 2) == 3 / 50
+    assert measure.distinct(["a"], 2) == 0.0

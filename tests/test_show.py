@@ -136,9 +136,30 @@ def test_before_after_refuses_lengths_that_disagree():
         show.before_after(images(5), images(5), PROMPTS, OLD, NEW[:4])
 
 
+def test_texts_before_and_after_show_the_first_of_each_prompt_and_count_all():
+    before, after = [f"old {i}" for i in range(5)], [f"new {i}" for i in range(5)]
+    fig = show.before_after_texts(before, after, PROMPTS, OLD / 2, NEW * 3, rows=2, score_name="gold")
+    words = texts(fig)
+    first = {prompt: PROMPTS.index(prompt) for prompt in dict.fromkeys(PROMPTS)}
+    shown = list(first.values())[:2]
+    assert {"before: gold 0.10", "after: gold 2.40"} <= set(words)
+    assert [w for w in words if w[:3] in ("old", "new")] == [f"{side} {i}" for i in shown for side in ("old", "new")]
+    assert [w for w in words if w[:1] in ("+", "-")] == [f"{s[i]:+.1f}" for i in shown for s in (OLD / 2, NEW * 3)]
+    with pytest.raises(ValueError, match="5 texts in before but 4 after"):
+        show.before_after_texts(before, after[:4], PROMPTS, OLD, NEW)
+
+
 @pytest.mark.parametrize(
     "draw",
     [
+        lambda: show.before_after_texts(
+            ["a rather long answer that takes two lines or three and says nothing at all in them"] * 5,
+            ["short"] * 5,
+            PROMPTS,
+            OLD,
+            NEW,
+            title="a title",
+        ),
         lambda: show.image_grid(images(1), title="a title much wider than its only picture"),
         lambda: show.film_strip(images(2), title="a title much wider than its two pictures"),
         lambda: show.before_after(

@@ -242,7 +242,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         )
         metrics |= {
             "reward": scores.mean(), "reward_std": scores.std(correction=0), "kl": kl.mean(), "beta": controller.beta,
-            "length": lengths.float().mean(), "grad_norm": torch.stack(norms).mean(),
+            "length": lengths.float().mean(), "longest": lengths.max(), "grad_norm": torch.stack(norms).mean(),
         }  # fmt: skip
         controller.update(float(kl.mean()), batch_size)
         evaluations = int(sum_over_processes(torch.tensor(policy.network_evaluations, device=policy.device)))

@@ -150,6 +150,11 @@ class LanguagePolicy:
             raise ValueError("nothing to train: call policy.add_lora() or policy.train_all_weights() first.")
         return trainable + self.value_parameters()
 
+    @property
+    def critic(self) -> nn.Module | None:
+        """The critic's own network, if it has one: called as the policy's."""
+        return self._value_network
+
     def value_parameters(self) -> list[nn.Parameter]:
         """Those of the critic alone: its heads, and its trunk if that is its own. Empty without a critic."""
         modules = [module for module in (self._value_heads, self._value_network) if module is not None]
@@ -243,7 +248,7 @@ class LanguagePolicy:
         hidden: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(outputs, hidden states) at the last `keep` of `tokens`; `mask` also covers what is in the cache."""
-        accepted = _named_inputs(network)
+        accepted = named_inputs(network)
         inputs = {"attention_mask": mask.long()}
         if "position_ids" in accepted:  # counted from the first real token
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
@@ -252,7 +257,7 @@ class LanguagePolicy:
         if hidden:
             inputs["output_hidden_states"] = True
         if cache is not None:
-            inputs |= {_cache_name(accepted): cache, "use_cache": True}
+            inputs |= {cache_name(accepted): cache, "use_cache": True}
         elif "use_cache" in accepted:
             inputs["use_cache"] = False
         output = network(tokens, **inputs)
@@ -416,7 +421,7 @@ class LanguagePolicy:
         return self.generate(prompts, num_tokens, generator=generator).texts
 
     def _new_cache(self):
-        if _cache_name(_named_inputs(self.network)) is None:
+        if cache_name(named_inputs(self.network)) is None:
             return None
         from transformers import DynamicCache
 
@@ -500,10 +505,10 @@ class LanguagePolicy:
         return torch.where(responses.mask.unsqueeze(-1), at_least_float32(values), 0.0)
 
 
-def _named_inputs(network: nn.Module) -> frozenset[str]:
+def named_inputs(network: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(network.forward).parameters)
 
 
-def _cache_name(accepted: frozenset[str]) -> str | None:
+def cache_name(accepted: frozenset[str]) -> str | None:
     """transformers renames past_key_values to cache in 5.2x; older models know the first, other modules neither."""
     return next((name for name in ("cache", "past_key_values") if name in accepted), None)

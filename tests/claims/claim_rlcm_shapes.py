@@ -15,7 +15,8 @@ from multiprocessing import get_context
 import torch
 from claim_b2diffurl import bar
 
-from minialign import cli, rewards
+from minialign import rewards
+from minialign import run as running
 from minialign.measure import diversity, mean_ci, paired_difference
 
 SEEDS = 3
@@ -28,8 +29,8 @@ TASKS = ("oracle", "scorer", "compressibility", "incompressibility")
 def run(task: str, method: str, seed: int) -> list[list[float]]:
     """[queries, evaluations, seconds of training, reward, oracle, diversity] over time, from before the first round."""
     rounds = ROUNDS.get(task, FEW)[method]
-    world_settings, config = cli.settings(method, "shapes", [], rounds)
-    world = cli.load_world("shapes", world_settings, method)
+    world_settings, config = running.settings(method, "shapes", [], rounds)
+    world = running.load_world("shapes", world_settings, method)
     reward = world.rewards.get(task) or getattr(rewards, task)
     train = __import__(f"minialign.methods.{method}", fromlist=["train"]).train
     policy, asked, curve = world.policy, [world.prompts[i % 8] for i in range(EXAMINED)], []
