@@ -1,6 +1,5 @@
 """What every policy deals in: conditions, trajectories, and the single transitions that a loss picks from them."""
 
-import copy
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minialign.kernels import StepOut, at_least_float32, expand_as
+from minialign.policies.trainable import Trainable
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # A miniature has few attention weights, so its LoRA also reaches the convolutions and the feed-forward layers.
@@ -71,7 +71,7 @@ class Trajectory:
         )
 
 
-class Policy:
+class Policy(Trainable):
     """A network with a scheduler's noise levels, seen as a policy; what no sampler in particular is about.
 
     encoder: prompts -> (inputs, unconditional inputs), two dicts of tensors with a row a prompt; or give `class_names`
@@ -114,7 +114,6 @@ class Policy:
         self.pipeline = None  # set by from_pipeline: where a saved adapter can be tried
         self._encoder = encoder or _class_encoder(class_names, null_class)
         self._decoder = decoder
-        self._frozen_copy: nn.Module | None = None
         self.set_num_steps(num_steps)
 
     def _place(self) -> None:
@@ -134,13 +133,6 @@ class Policy:
 
     # ---------------------------------------------------------------- what is trained, and against which reference
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable ones. Raises ValueError when there is none."""
-        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        if not trainable:
-            raise ValueError("nothing to train: call policy.add_lora() or policy.train_all_weights() first.")
-        return trainable
-
     def add_lora(
         self, rank: int = 4, alpha: int | None = None, target_modules: Sequence[str] = ATTENTION, seed: int = 0
     ) -> None:
@@ -156,24 +148,11 @@ class Policy:
             add = getattr(self.network, "add_adapter", None)
             add(config) if add else inject_adapter_in_model(config, self.network)
 
-    def train_all_weights(self) -> None:
-        """Makes every weight of the network trainable, and keeps a frozen copy of it as the reference."""
-        self._frozen_copy = copy.deepcopy(self.network).requires_grad_(False)
-        self.network.requires_grad_(True)
-
-    def _adapters(self) -> list[nn.Module]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
-
     def save_adapter(self, folder: str | Path) -> None:
         """Writes what was trained: LoRA in the format of diffusers' `load_lora_weights`, else all trainable weights."""
-        from safetensors.torch import save_file
-
         Path(folder).mkdir(parents=True, exist_ok=True)
         if not self._adapters():
-            weights = {name: p.detach().contiguous() for name, p in self.network.named_parameters() if p.requires_grad}
-            save_file(weights, Path(folder) / "trainable.safetensors")
+            self._save_trainable(folder)
             return
         from diffusers import StableDiffusionPipeline
         from peft import get_peft_model_state_dict

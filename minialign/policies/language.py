@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, sample_tokens, token_entropy, token_log_probs
+from minialign.policies.trainable import Trainable
 
 
 @dataclass
@@ -86,7 +87,7 @@ class ValueHeads(nn.Linear):
         return super().forward(hidden.to(self.weight.dtype))
 
 
-class LanguagePolicy:
+class LanguagePolicy(Trainable):
     """Any transformers causal language model with its tokenizer; or a module called in the same way.
 
     network: called as `network(input_ids, attention_mask=...)`, it gives logits (b, s, v), as they are or as `.logits`.
@@ -121,7 +122,6 @@ class LanguagePolicy:
                     "call network.resize_token_embeddings(len(tokenizer)) before."
                 )
         self.network_evaluations = 0
-        self._frozen_copy: nn.Module | None = None
         self._value_heads: ValueHeads | None = None
         self._value_network: nn.Module | None = None
 
@@ -145,10 +145,7 @@ class LanguagePolicy:
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable ones, the critic's included. Raises ValueError when the network has none."""
-        trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        if not trainable:
-            raise ValueError("nothing to train: call policy.add_lora() or policy.train_all_weights() first.")
-        return trainable + self.value_parameters()
+        return super().parameters() + self.value_parameters()
 
     @property
     def critic(self) -> nn.Module | None:
@@ -186,11 +183,6 @@ class LanguagePolicy:
             torch.manual_seed(seed)
             self._peft = get_peft_model(self.network, config).eval()
 
-    def train_all_weights(self) -> None:
-        """Makes every weight of the network trainable, and keeps a frozen copy of it as the reference."""
-        self._frozen_copy = copy.deepcopy(self.network).requires_grad_(False)
-        self.network.requires_grad_(True)
-
     def add_value_heads(self, num_heads: int = 1, *, own_trunk: bool = False, network: nn.Module | None = None) -> None:
         """A critic with `num_heads` outputs, all 0 at first: linear heads on the policy's last hidden state.
 
@@ -216,24 +208,16 @@ class LanguagePolicy:
         else:
             self._value_heads = heads
 
-    def _adapters(self) -> list[nn.Module]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
-
     def save_adapter(self, folder: str | Path) -> None:
         """Writes what was trained: LoRA in peft's format (`PeftModel.from_pretrained`), else all trainable weights.
 
         The critic is not written: it is of no use without the run that it served.
         """
-        from safetensors.torch import save_file
-
         Path(folder).mkdir(parents=True, exist_ok=True)
         if self._peft is not None:
             self._peft.save_pretrained(folder)
-            return
-        weights = {name: p.detach().contiguous() for name, p in self.network.named_parameters() if p.requires_grad}
-        save_file(weights, Path(folder) / "trainable.safetensors")
+        else:
+            self._save_trainable(folder)
 
     # ---------------------------------------------------------------- the network
 
