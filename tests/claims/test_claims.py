@@ -12,6 +12,7 @@ from minialign import cli
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import claim_assistant
 import claim_b2diffurl
 import claim_b2diffurl_shapes
 import claim_consistency
@@ -40,6 +41,7 @@ def test_a_verdict_can_fail():
 
 
 CLAIMS = {
+    "assistant": claim_assistant,
     "b2diffurl": claim_b2diffurl,
     "b2diffurl_shapes": claim_b2diffurl_shapes,
     "consistency": claim_consistency,
@@ -116,6 +118,27 @@ def test_over_optimisation_and_par_can_fail():
         r | ({"gold": vanilla[r["seed"]]} if r.get("method") == "par" and r["beta"] == 0.05 else {}) for r in stored
     ]
     assert claim_par.verdict(useless)["verdict"] == "does not replicate in miniature"
+
+
+def test_the_assistants_verdict_can_fail_and_pass():
+    stored = json.loads((HERE / "results/assistant.json").read_text())["runs"]
+    start = {r["seed"]: r for r in stored if r["method"] == "par" and r["beta"] == claim_assistant.BETA}
+    tame = [r | ({"gold": start[r["seed"]]["gold"][: claim_assistant.ROUNDS]}
+                 if r["method"] == "vanilla" and r["beta"] == claim_assistant.BETA else {}) for r in stored]  # fmt: skip
+    failed = {b["id"] for b in claim_assistant.verdict(tame)["bars"] if not b["passed"]}
+    assert "equal steps: final gold, PAR minus vanilla" in failed
+    level = [r | ({"gold": [2.0] * len(r["gold"])} if r["method"] == "par" else {}) for r in stored]
+    passed = {b["id"] for b in claim_assistant.verdict(level)["bars"] if b["passed"]}
+    assert "PAR: largest fall in twice the rounds, of five seeds" in passed
+
+
+def test_one_seed_of_the_assistant():
+    # stored, five seeds: after 20 to 30 rounds vanilla is below the base's 1.02 in four, PAR above vanilla in all
+    vanilla = claim_assistant.train_run("vanilla", claim_assistant.BETA, 0, 24)
+    shaped = claim_assistant.train_run("par", claim_assistant.BETA, 0, 24)
+    assert sum(vanilla["gold"][-8:]) / 8 < 0.5 < sum(shaped["gold"][-8:]) / 8 - 0.5
+    assert sum(vanilla["proxy"][-8:]) > sum(vanilla["proxy"][:8]) + 4
+    assert 0.55 < vanilla["accuracy"] < 0.7
 
 
 def test_one_seed_of_over_optimisation_and_of_par():
