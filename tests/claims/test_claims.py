@@ -124,7 +124,7 @@ def test_the_assistants_verdict_can_fail_and_pass():
     stored = json.loads((HERE / "results/assistant.json").read_text())["runs"]
     start = {r["seed"]: r for r in stored if r["method"] == "par" and r["beta"] == claim_assistant.BETA}
     tame = [r | ({"gold": start[r["seed"]]["gold"][: claim_assistant.ROUNDS]}
-                 if r["method"] == "vanilla" and r["beta"] == claim_assistant.BETA else {}) for r in stored]  # fmt: skip
+                 if (r["method"], r["beta"]) == ("vanilla", claim_assistant.BETA) else {}) for r in stored]  # fmt: skip
     failed = {b["id"] for b in claim_assistant.verdict(tame)["bars"] if not b["passed"]}
     assert "equal steps: final gold, PAR minus vanilla" in failed
     level = [r | ({"gold": [2.0] * len(r["gold"])} if r["method"] == "par" else {}) for r in stored]
