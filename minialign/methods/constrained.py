@@ -5,11 +5,12 @@ how much more of something one wants, for ever; a constraint says how much is en
 base model, each reward is a constraint, and the Lagrange multipliers, learned beside the policy, are the weights that
 one would have had to guess. They change as training goes.
 
-    PPO       sum_i w_i r_i - beta KL                          ppo.train on `weighted`
-    PPO-SAT   -sum_i (r_i - theta_i)^2 per episode - beta KL   ppo.train on `saturated`
+    PPO       sum_i w_i r_i - beta KL                          variant "fixed" on rewards.weighted_sum
+    PPO-SAT   -sum_i (r_i - theta_i)^2 per episode - beta KL   variant "fixed" on the reward `saturated`
     mu-PPO    max -KL, v_i >= theta_i, l = sigmoid(mu)         variant "mu"
     xi-PPO    max -KL, v_i = theta_i, l = tanh(xi)             variant "xi"
     All-PPO   max sum_i v_i - KL, v_i <= theta_i               variant "all"
+    the dual  A_0 + sum_i mu_i A_i, mu_i >= 0                  "mu" with squash=False, standardise=False
     A = (N - sum l) A_0 + sum_i l_i A_i                        mixing_weights, mix_advantages
     mu <- mu - lr dl/dmu (v_i - theta_i)                       multiplier_step
     theta from runs: where a fitted evaluation peaks           fit_proxy_points
@@ -18,49 +19,61 @@ one would have had to guess. They change as training goes.
 Every A_i is standardised by itself BEFORE mixing, so multipliers weigh signals of unit variance and the KL's own
 coefficient cancels. As in the paper: N + 1 value heads, the last one for the KL. As in neither: violations are means
 over episodes, not tokens (long answers would count more, sheet trap 10); standardising runs over the whole round; the
-baseline may be the round's own mean at each token ("batch"), which needs no critic. The official code's swapped
-thresholds, its slice of the value heads and its unsquashed mixing (traps 1 to 3) are not kept.
+baseline may be the round's own mean at each action ("batch", "prompt"), which needs no critic. The official code's
+swapped thresholds, its slice of the value heads and its unsquashed mixing (traps 1 to 3) are not kept.
 
-A limit that the paper does not name: a stationary tilt by lambda gives A_0 a spread of |lambda| times the reward's, so
-standardised signals balance only where |l| = N - sum l (one reward). With tanh(xi) < 0 the right side is the larger
-one, always: xi-PPO cannot hold a reward BELOW the base model's. The unsquashed dual can.
+Beyond the paper: an action may be a denoising step as well as a token. There r_0 is minus the log-ratio of the step
+taken, -(log p - log p_ref)(x_{t-1} | x_t), not the exact KL of the two Gaussians, though that has less noise: given the
+state it does not depend on the action, so a step would not answer for its own KL, and the solution would be no tilt.
+
+Two limits that the paper does not name. A tilt by lambda gives A_0 about |lambda| times the reward's spread, so with
+one reward standardised signals balance at |l| = N - sum l whatever lambda is: multipliers know the direction of the
+tilt and hardly its size. Little but noise and a small multiplier_lr damps v's swings round theta, then (sheet, trap 8).
+And with tanh(xi) < 0 the right side is always the larger: with one reward or two, xi-PPO cannot hold one BELOW the base
+model's value. The dual (standardise=False) has neither limit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minialign.kernels import clipped_value_loss, gae, kl_k3, masked_mean, masked_whiten, token_rewards
+from minialign.kernels import clipped_value_loss, gae, kl_k3, masked_whiten, token_rewards
 from minialign.loop import Step, gather_rows, own_rows, pack, sum_gradients, sum_over_processes, timer, unpack
+from minialign.methods.ddpo import default_clip_range
 from minialign.rewards import checked
 
-VARIANTS = ("mu", "xi", "all")
+VARIANTS = ("mu", "xi", "all", "fixed")
 
 
 @dataclass(frozen=True)
 class Config:
-    thresholds: tuple[float, ...] = ()  # theta, one for each reward, in its units
-    variant: str = "mu"  # "mu": at least theta; "xi": exactly; "all": at most, all rewards being the task
+    thresholds: tuple[float, ...] = ()  # theta, one for each reward, in its units; none for "fixed"
+    variant: str = "mu"  # "mu": at least theta; "xi": exactly; "all": at most, all rewards being the task; "fixed": PPO
     squash: bool = True  # multipliers through sigmoid or tanh; False: the textbook's dual
+    standardise: bool = True  # each advantage by itself, before mixing; False: multipliers are the tilt itself
     multiplier_lr: float = 0.1  # SGD, one step after every policy step; .5 oscillates
     multiplier_momentum: float = 0.1
     multiplier_max_norm: float = 0.5  # l2, of the multipliers' gradient
-    beta: float = 0.02  # reward per nat inside each reward of "all"; it cancels elsewhere
-    num_iterations: int = 100  # rounds of: respond, score, update
-    num_prompts: int = 128  # responses a round, over all processes
-    num_tokens: int = 24  # of a response at most
+    beta: float = 0.02  # reward per nat inside each reward of "all" and "fixed"; it cancels elsewhere
+    num_iterations: int = 100  # rounds of: sample, score, update
+    num_prompts: int = 128  # prompts drawn per round, over all processes
+    group_size: int = 1  # samples for each
+    num_tokens: int = 24  # of a response at most (language policies)
     num_minibatches: int = 1  # optimizer steps per pass over the round
     num_epochs: int = 1  # passes over the round (paper: 5)
-    rows_per_pass: int = 64  # responses per network call: memory against speed, never the result
-    baseline: str = "critic"  # "critic": N + 1 value heads; "batch": the round's mean at each token
+    rows_per_pass: int = 64  # samples per network call: memory against speed, never the result
+    steps_per_pass: int = 4  # denoising steps of each of them per network call (diffusion policies)
+    baseline: str = "critic"  # N + 1 value heads; "batch", "prompt": mean of the round, of its prompt, at each action
+    reduction: str = "mean"  # of the ratio's log-probabilities over a latent's D elements, as ddpo; KLs are always sums
     temperature: float = 1.0
     gamma: float = 1.0  # authors: .99, with which the solution is no longer an I-projection
     gae_lambda: float = 0.95
-    clip_range: float = 0.2  # on the ratio of each token
+    clip_range: float | None = None  # on the ratio of each action; None: .2, of denoising steps 1.6 / D
     value_clip_range: float = 0.2
     value_coefficient: float = 0.5  # of the rewards' heads
     kl_value_coefficient: float = 0.2  # of the KL's head
@@ -85,8 +98,10 @@ def mixing_weights(
     """(weight of the KL's advantage, weights of the rewards' advantages).
 
     "mu", "xi": N - sum l, l. "all": the KL stands inside the rewards; 0, N - sum l - l_i. Unsquashed: 1, l ("all": 1 -
-    l_i). At l = 1 for all, xi gives the KL weight 0, at l = -1 twice N.
+    l_i). "fixed": 0, 1. At l = 1 for all, xi gives the KL weight 0, at l = -1 twice N.
     """
+    if variant == "fixed":
+        return torch.zeros_like(multipliers.sum()), torch.ones_like(multipliers)
     rest = len(multipliers) - multipliers.sum() if squash else torch.ones_like(multipliers.sum())
     if variant == "all":
         return torch.zeros_like(rest), rest - multipliers
@@ -102,11 +117,14 @@ def mix_advantages(
 
 
 def standardise_heads(
-    advantages: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], eps: float = 1e-16
+    advantages: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], eps: float = 1e-16, kl_eps: float = 1e-6
 ) -> Float[Tensor, "b t heads"]:
-    """Each head to mean 0 and variance 1 (Bessel) over the valid tokens, by itself; 0 behind the end."""
-    heads = [masked_whiten(head, mask, eps=eps, correction=1) for head in advantages.unbind(-1)]
-    return torch.stack(heads, -1)
+    """Each head to mean 0 and variance 1 (Bessel; + eps) over the valid tokens, by itself; 0 behind the end.
+
+    kl_eps, nats^2: a policy that has not left its reference has a KL of rounding errors, which must not become signal.
+    """
+    rewards = [masked_whiten(head, mask, eps=eps, correction=1) for head in advantages[..., :-1].unbind(-1)]
+    return torch.stack([*rewards, masked_whiten(advantages[..., -1], mask, eps=kl_eps, correction=1)], -1)
 
 
 def multiplier_step(
@@ -130,18 +148,6 @@ def multiplier_step(
     return raw, velocity
 
 
-# The baselines, as rewards for ppo.train ----------------------------------------------------------------------------
-
-
-def weighted(rewards: Sequence[Callable], weights: Sequence[float]) -> Callable:
-    """sum_i w_i r_i, the fixed weighting, as one reward for any loop of this package."""
-
-    def weighted_sum(samples, prompts) -> Tensor:
-        return sum(w * checked(reward, samples, prompts) for w, reward in zip(weights, rewards, strict=True))
-
-    return weighted_sum
-
-
 def saturated(rewards: Sequence[Callable], thresholds: Sequence[float]) -> Callable:
     """PPO-SAT's reward: -sum_i (r_i - theta_i)^2 of each sample. It also pays for a small variance."""
 
@@ -152,47 +158,125 @@ def saturated(rewards: Sequence[Callable], thresholds: Sequence[float]) -> Calla
     return saturation
 
 
+# Episodes of any policy ---------------------------------------------------------------------------------------------
+
+
+class Episodes(NamedTuple):
+    """One process's share of a round, an episode a row: b episodes of at most t actions, tokens or denoising steps.
+
+    samples: what rewards take. log_probs, log_prob_ref, mask (b, t), sums over a latent's elements; values
+    (b, t, N + 1) or None. `score(rows, places)` scores them again under the weights as they are then: (log_prob,
+    values), (n, k); `places` lists which actions to put into one network call. num_elements: D, 1 for tokens.
+    """
+
+    samples: Tensor | Sequence[str]
+    log_probs: Tensor
+    log_prob_ref: Tensor
+    mask: Tensor
+    values: Tensor | None
+    score: Callable
+    places: Sequence[Tensor]
+    num_elements: int
+
+
+def respond(policy, prompts: list[str], noise: Tensor, config: Config) -> Episodes:
+    """Responses of a LanguagePolicy: an action is a token."""
+    critic = config.baseline == "critic"
+    responses = policy.generate(prompts, config.num_tokens, noise=noise, temperature=config.temperature)
+
+    def score(rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        log_prob, values, _ = policy.score(responses[rows], values=critic)
+        return log_prob, values
+
+    places = [torch.arange(responses.mask.shape[1], device=policy.device)]
+    log_prob_ref, values = policy.log_probs(responses, reference=True), policy.values(responses) if critic else None
+    return Episodes(responses.texts, responses.log_probs, log_prob_ref, responses.mask, values, score, places, 1)
+
+
+def denoise(policy, prompts: list[str], noise: Tensor, config: Config) -> Episodes:
+    """Trajectories of a diffusion or consistency policy: an action is a denoising step."""
+    traj = policy.rollout(prompts, noise, reduction="sum")
+
+    def score(rows: Tensor, places: Tensor, reference: bool = False) -> tuple[Tensor, None]:
+        states, step, condition, next, _ = traj.transitions(rows, places.expand(len(rows), -1))
+        out = policy.step(states, step, condition, next=next, reduction="sum", reference=reference)
+        return out.log_prob.view(len(rows), -1), None
+
+    num_rows, num_actions = traj.log_probs.shape
+    places = torch.arange(num_actions, device=policy.device).split(config.steps_per_pass)
+    passes = torch.arange(num_rows, device=policy.device).split(config.rows_per_pass)
+    log_prob_ref = torch.cat([torch.cat([score(rows, p, reference=True)[0] for p in places], 1) for rows in passes])
+    mask = torch.ones_like(traj.log_probs, dtype=torch.bool)
+    num_elements = torch.Size(policy.latent_shape).numel()
+    samples = policy.decode(traj.final)
+    return Episodes(samples, traj.log_probs, log_prob_ref, mask, None, score, places, num_elements)
+
+
 # The loop -----------------------------------------------------------------------------------------------------------
 
 
-def round_advantages(policy, responses, scores: Tensor, own: Tensor, num_rows: int, config: Config):
-    """(standardised advantages (b, t, N + 1), values, returns, KL of each response), before the round's update."""
-    mask = responses.mask
-    log_prob_ref = policy.log_probs(responses, reference=True)
-    nothing = torch.zeros(len(mask), dtype=scores.dtype, device=scores.device)
-    inside = config.beta if config.variant == "all" else 0.0
-    heads = [token_rewards(s, responses.log_probs, log_prob_ref, mask, inside) for s in scores[own].unbind(1)]
-    heads.append(token_rewards(nothing, responses.log_probs, log_prob_ref, mask, 1.0))
-    rewards, right = torch.stack(heads, -1), (0, 0, 0, config.num_tokens - mask.shape[1])
-    whole_mask = gather_rows(pad(mask.to(rewards), right[2:]), own, num_rows).bool()
+def baselines(
+    to_come: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], group: Int[Tensor, "b"]
+) -> Float[Tensor, "b t heads"]:
+    """At each action and head the mean, over the episodes of a group that get so far, of what is still to come."""
+    valid = mask.unsqueeze(-1).to(to_come)
+    same = (group.unsqueeze(0) == group.unsqueeze(1)).to(to_come)
+    totals = torch.einsum("ij,jth->ith", same, to_come * valid)
+    return totals / torch.einsum("ij,jth->ith", same, valid).clamp_min(1)
+
+
+def round_advantages(
+    episodes: Episodes, scores: Float[Tensor, "round n"], group: Int[Tensor, "round"], own: Tensor, config: Config
+):
+    """(advantages (b, t, N + 1), values, returns, KL of each episode), before the update; own: this process's rows.
+
+    Means and spreads are of the whole round, so rows are gathered from all processes, padded to the longest.
+    """
+    mask, log_ref, num_rows = episodes.mask, episodes.log_prob_ref, len(group)
+    inside = config.beta if config.variant in ("all", "fixed") else 0.0
+    heads = [token_rewards(s, episodes.log_probs, log_ref, mask, inside) for s in scores[own].unbind(1)]
+    heads.append(token_rewards(torch.zeros_like(scores[own, 0]), episodes.log_probs, log_ref, mask, 1.0))
+    rewards = torch.stack(heads, -1)
+    right = (0, int(gather_rows(mask.sum(1), own, num_rows).max()) - mask.shape[1])
+    whole_mask = gather_rows(pad(mask.to(rewards), right), own, num_rows).bool()
     if config.baseline == "critic":
-        values = policy.values(responses)
-    else:  # the mean, over the whole round, of what is still to come at each token
+        values = episodes.values
+        if values.shape[-1] != len(heads):
+            raise ValueError(
+                f"the critic has {values.shape[-1]} heads; {len(heads) - 1} rewards and the KL need {len(heads)}: "
+                f"call policy.add_value_heads({len(heads)}) before."
+            )
+    else:
         to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, config.gamma, 1.0)
-        whole = gather_rows(pad(to_come, right), own, num_rows)
-        mean = masked_mean(whole, whole_mask.unsqueeze(-1).expand(whole.shape), 0)
-        values = mean[: mask.shape[1]].unsqueeze(0).expand(rewards.shape)
+        group = group if config.baseline == "prompt" else torch.zeros_like(group)
+        whole = gather_rows(pad(to_come, (0, 0, *right)), own, num_rows)
+        values = baselines(whole, whole_mask, group)[own, : mask.shape[1]]
     advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
-    whole = standardise_heads(gather_rows(pad(advantages, right), own, num_rows), whole_mask)
-    kl = torch.where(mask, responses.log_probs - log_prob_ref, 0.0).sum(1)
-    return whole[own, : mask.shape[1]], values, returns, kl
+    if config.standardise:
+        whole = gather_rows(pad(advantages, (0, 0, *right)), own, num_rows)
+        advantages = standardise_heads(whole, whole_mask)[own, : mask.shape[1]]
+    kl = torch.where(mask, episodes.log_probs - log_ref, 0.0).sum(1)
+    return advantages, values, returns, kl
 
 
-def response_loss(policy, responses, rows: Tensor, batch: dict[str, Tensor], advantages: Tensor, config: Config):
-    """(loss, metrics) of responses `rows`: the clipped surrogate of the mixture, and the value losses of all heads."""
-    critic = config.baseline == "critic"
-    part = responses[rows]
-    log_prob, values, _ = policy.score(part, values=critic)
-    log_ratio = torch.where(part.mask, log_prob - part.log_probs, 0.0)
-    ratio, weight, mixed = log_ratio.exp(), batch["weight"][rows], advantages[rows]
-    clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
+def episode_loss(episodes: Episodes, rows: Tensor, places: Tensor, batch: dict[str, Tensor], config: Config):
+    """(loss, metrics) of those actions of episodes `rows`, from one network call: clipped surrogate and value losses.
+
+    Sums times `batch["weight"]`, whose entries over a minibatch sum to 1, so that losses of its parts add up.
+    """
+    b, t = rows.unsqueeze(1), places
+    log_prob, values = episodes.score(rows, places)
+    log_ratio = torch.where(episodes.mask[b, t], log_prob - episodes.log_probs[b, t], 0.0)
+    if config.reduction == "mean":
+        log_ratio = log_ratio / episodes.num_elements
+    clip_range = config.clip_range or default_clip_range(episodes.num_elements, config.reduction)
+    ratio, weight, mixed = log_ratio.exp(), batch["weight"][b, t], batch["mixed"][b, t]
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = (weight * torch.maximum(-mixed * ratio, -mixed * clipped)).sum()
-    info = {
-        "approx_kl": (weight * kl_k3(-log_ratio)).sum().detach(),
-        "clip_fraction": (weight * (ratio != clipped)).sum(),
-    }
-    if critic:
-        error = clipped_value_loss(values, batch["values"][rows], batch["returns"][rows], config.value_clip_range)
+    with torch.no_grad():
+        info = {"approx_kl": (weight * kl_k3(-log_ratio)).sum(), "clip_fraction": (weight * (ratio != clipped)).sum()}
+    if values is not None:
+        error = clipped_value_loss(values, episodes.values[rows], batch["returns"][rows], config.value_clip_range)
         terms = (weight.unsqueeze(-1) * error).sum((0, 1))
         value_loss = config.value_coefficient * terms[:-1].mean() + config.kl_value_coefficient * terms[-1]
         loss, info = loss + value_loss, info | {"value_loss": value_loss.detach()}
@@ -201,31 +285,49 @@ def response_loss(policy, responses, rows: Tensor, batch: dict[str, Tensor], adv
 
 def check(policy, rewards: Sequence[Callable], prompts: Sequence[str], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
-    for name, allowed in {"variant": VARIANTS, "baseline": ("critic", "batch")}.items():
+    for name, allowed in {
+        "variant": VARIANTS, "baseline": ("critic", "batch", "prompt"), "reduction": ("mean", "sum"),
+    }.items():  # fmt: skip
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
-    if len(config.thresholds) != len(rewards) or not rewards:
+    if config.variant == "fixed" and (len(rewards) != 1 or config.thresholds):
+        raise ValueError(
+            f"variant 'fixed' takes one reward and no thresholds, not {len(rewards)} and {len(config.thresholds)}: "
+            "pass [rewards.weighted_sum(...)] or [saturated(rewards, thresholds)]."
+        )
+    if config.variant != "fixed" and (len(config.thresholds) != len(rewards) or not rewards):
         raise ValueError(
             f"there are {len(rewards)} rewards and {len(config.thresholds)} thresholds: give one threshold for each "
             "reward, in the same order."
         )
-    for name in ("num_iterations", "num_prompts", "num_tokens", "num_minibatches", "num_epochs", "rows_per_pass"):
+    for name in ("num_iterations", "num_prompts", "group_size", "num_tokens", "num_minibatches", "num_epochs",
+                 "rows_per_pass", "steps_per_pass"):  # fmt: skip
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
-    if config.num_minibatches > config.num_prompts:
-        raise ValueError(f"num_minibatches is {config.num_minibatches}, more than {config.num_prompts} responses.")
+    round_size = config.num_prompts * config.group_size
+    if config.num_minibatches > round_size:
+        raise ValueError(f"num_minibatches is {config.num_minibatches}, more than the {round_size} samples of a round.")
+    if config.baseline == "prompt" and config.group_size < 2:
+        raise ValueError("baseline 'prompt' compares samples of one prompt: set group_size above 1.")
     policy.encode(list(prompts))
+    if not hasattr(policy, "generate"):
+        if config.baseline == "critic":
+            raise ValueError("denoising steps have no value heads here: set baseline to 'prompt' or 'batch'.")
+        policy.check_density()
 
 
 def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generator=None, resume=None) -> Iterator[Step]:
-    """Trains `policy`, a LanguagePolicy, in place until each of `rewards` is at its threshold; yields a `Step` a round.
+    """Trains `policy`, of language or images, in place to bring `rewards` to their thresholds; yields a `Step` a round.
 
-    rewards: callables `reward(texts, prompts) -> (b,)`, one for each of config.thresholds. Metrics: `reward` (their
-    sum), `reward_0`, `multiplier_0`, ..., `kl`. With baseline "critic" N + 1 heads are added if the policy has none.
-    generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint.
+    rewards: callables `reward(samples, prompts) -> (b,)`, one for each of config.thresholds. Metrics: `reward` (their
+    sum), `reward_0`, `multiplier_0`, ..., `kl`. With baseline "critic" N + 1 heads are added to the trunk if the policy
+    has none; the paper's critic is a copy of the model: policy.add_value_heads(N + 1, own_trunk=True).
+    generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint;
+    thresholds may be others, which is how a warm-started search goes on.
     """
     check(policy, rewards, prompts, config)
-    count, device = len(rewards), policy.device
+    count, device, round_size = len(rewards), policy.device, config.num_prompts * config.group_size
+    talks = hasattr(policy, "generate")
     if config.baseline == "critic" and not policy.value_parameters():
         policy.add_value_heads(count + 1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -239,50 +341,53 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
         counts = unpack(resume, parameters, optimizer, generator)
         start, policy.network_evaluations = counts["number"], counts["network_evaluations"]
         raw, velocity = resume["multipliers"].to(device), resume["velocity"].to(device)
-    own = own_rows(config.num_prompts, device)
+    own = own_rows(round_size, device)
 
     for number in range(start, config.num_iterations):
         lap = timer()
-        asked = [prompts[i] for i in torch.randint(len(prompts), (config.num_prompts,), generator=generator).tolist()]
+        drawn = torch.randint(len(prompts), (config.num_prompts,), generator=generator)
+        drawn = drawn.repeat_interleave(config.group_size)
+        own_prompts = [prompts[i] for i in drawn[own.cpu()].tolist()]
         with torch.no_grad():
-            noise = policy.draw_noise(config.num_prompts, config.num_tokens, generator)[own.cpu()]
-            own_prompts = [asked[i] for i in own.tolist()]
-            responses = policy.generate(own_prompts, config.num_tokens, noise=noise, temperature=config.temperature)
-            scores = [checked(reward, responses.texts, own_prompts).to(device) for reward in rewards]
-            scores = gather_rows(torch.stack(scores, 1), own, config.num_prompts)
-            advantages, values, returns, kl = round_advantages(
-                policy, responses, scores, own, config.num_prompts, config
-            )
-            lengths = gather_rows(responses.lengths, own, config.num_prompts)
-            kl = gather_rows(kl, own, config.num_prompts)
+            size = (round_size, config.num_tokens) if talks else (round_size,)
+            noise = policy.draw_noise(*size, generator=generator)[own.cpu() if talks else own]
+            episodes = (respond if talks else denoise)(policy, own_prompts, noise, config)
+            scores = torch.stack([checked(reward, episodes.samples, own_prompts).to(device) for reward in rewards], 1)
+            scores = gather_rows(scores, own, round_size)
+            advantages, values, returns, kl = round_advantages(episodes, scores, drawn.to(device), own, config)
+            lengths = gather_rows(episodes.mask.sum(1), own, round_size)
+            kl = gather_rows(kl, own, round_size)
         batch, infos = {"values": values, "returns": returns}, []
         for _ in range(config.num_epochs):
-            for minibatch in torch.randperm(config.num_prompts, generator=generator).tensor_split(
-                config.num_minibatches
-            ):
-                minibatch = minibatch.to(device)
+            shuffled = torch.randperm(round_size, generator=generator).to(device)
+            for minibatch in shuffled.tensor_split(config.num_minibatches):
                 mine = torch.isin(own, minibatch)
-                batch["weight"] = (mine.unsqueeze(1) & responses.mask) / lengths[minibatch].sum()
+                batch["weight"] = (mine.unsqueeze(1) & episodes.mask) / lengths[minibatch].sum()
                 weights = mixing_weights(squashed(raw, config.variant, config.squash), config.variant, config.squash)
-                mixed = mix_advantages(advantages, weights)
-                for rows in mine.nonzero().flatten().split(config.rows_per_pass):
-                    loss, info = response_loss(policy, responses, rows, batch, mixed, config)
-                    loss.backward()
-                    infos.append(info)
+                batch["mixed"] = mix_advantages(advantages, weights)
+                for rows in mine.nonzero().flatten().split(config.rows_per_pass) if mine.any() else ():
+                    for places in episodes.places:
+                        loss, info = episode_loss(episodes, rows, places, batch, config)
+                        loss.backward()
+                        infos.append(info)
                 sum_gradients(parameters)
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                raw, velocity = multiplier_step(raw, velocity, scores[minibatch].mean(0) - thresholds, config)
+                if config.variant != "fixed":
+                    raw, velocity = multiplier_step(raw, velocity, scores[minibatch].mean(0) - thresholds, config)
+
         passes = config.num_epochs * config.num_minibatches
         metrics = {name: torch.stack([i[name] for i in infos]).sum() / passes for name in infos[0]} if infos else {}
         metrics |= {"reward": scores.sum(1).mean(), "kl": kl.mean(), "length": lengths.float().mean()}
-        for i, level in enumerate(squashed(raw, config.variant, config.squash)):
-            metrics |= {f"reward_{i}": scores[:, i].mean(), f"multiplier_{i}": level}
+        metrics |= {f"reward_{i}": score for i, score in enumerate(scores.mean(0))}
+        if config.variant != "fixed":
+            levels = squashed(raw, config.variant, config.squash)
+            metrics |= {f"multiplier_{i}": level for i, level in enumerate(levels)}
         evaluations = int(sum_over_processes(torch.tensor(policy.network_evaluations, device=device)))
         state = {"multipliers": raw.cpu(), "velocity": velocity.cpu()}
         yield Step(
-            number, metrics, evaluations, (number + 1) * config.num_prompts * count, lap(),
+            number, metrics, evaluations, (number + 1) * round_size * count, lap(),
             lambda done=number + 1, state=state: (
                 pack(parameters, optimizer, generator, number=done, network_evaluations=policy.network_evaluations)
                 | state
@@ -294,30 +399,23 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
 
 
 def fit_proxy_points(
-    values: Float[Tensor, "m n"], evaluation: Float[Tensor, "m"], degree: int = 10, grid: int = 101
+    values: Float[Tensor, "m n"], evaluation: Float[Tensor, "m"], degree: int = 10
 ) -> Float[Tensor, "n"]:
     """theta: where a polynomial of that total degree, fitted to the evaluation along training runs, is largest.
 
     Least squares weighted by a Gaussian kernel density estimate of the values, as in the paper: where runs went often,
-    the fit counts. The maximum is sought on a grid over the values' range, and only where some run went nearby (density
-    above a hundredth of its maximum): outside, a polynomial says anything. One or two rewards.
+    the fit counts. The maximum is sought among the values themselves: runs are curves in the plane of two rewards, and
+    beside its data a polynomial of degree 10 says anything (a hundred times the largest evaluation, in our world).
     """
     import numpy as np
     from scipy.stats import gaussian_kde
     from sklearn.preprocessing import PolynomialFeatures
 
     x, y = values.double().cpu().numpy(), evaluation.double().cpu().numpy()
-    if x.shape[1] > 2 or len(x) != len(y):
-        raise ValueError(f"values {x.shape} and evaluation {y.shape}; expected (m, 1 or 2) and (m,).")
-    low, span = x.min(0), np.ptp(x, 0)
-    scaled = 2 * (x - low) / span - 1
-    density, basis = gaussian_kde(scaled.T), PolynomialFeatures(degree)
-    root = np.sqrt(density(scaled.T))[:, None]
-    coefficients = np.linalg.lstsq(root * basis.fit_transform(scaled), root[:, 0] * y, rcond=1e-8)[0]
-    points = np.stack(np.meshgrid(*[np.linspace(-1, 1, grid)] * x.shape[1], indexing="ij"), -1).reshape(-1, x.shape[1])
-    seen = density(points.T)
-    fitted = np.where(seen > 0.01 * seen.max(), basis.transform(points) @ coefficients, -np.inf)
-    return torch.from_numpy(low + (points[fitted.argmax()] + 1) / 2 * span)
+    scaled = 2 * (x - x.min(0)) / np.ptp(x, 0) - 1
+    root, basis = np.sqrt(gaussian_kde(scaled.T)(scaled.T)), PolynomialFeatures(degree).fit_transform(scaled)
+    coefficients = np.linalg.lstsq(root[:, None] * basis, root * y, rcond=1e-8)[0]
+    return torch.from_numpy(x[(basis @ coefficients).argmax()])
 
 
 def nelder_mead(evaluate: Callable, simplex: Float[Tensor, "n1 n"], max_evaluations: int = 20):
@@ -325,7 +423,8 @@ def nelder_mead(evaluate: Callable, simplex: Float[Tensor, "n1 n"], max_evaluati
 
     evaluate(theta: list) -> larger is better: the evaluation after training with thresholds theta. Cold start: it
     resets the policy each time. Warm start, the paper's: it goes on from where the last one stopped, and then measures
-    a policy that has not reached its thresholds. Reflection 1, expansion 2, contraction and shrinking .5, as there.
+    a policy that has not reached its thresholds. Reflection 1, expansion 2, contraction and shrinking .5, as there. Not
+    as there: a reflected point between the second worst and the worst is contracted towards, and nothing is cached.
     """
     from scipy.optimize import minimize
 

@@ -2,6 +2,7 @@
 
     load()                        four prompts, 4 words, 1,296 responses each; the proxy likes word 5 too much (PAR)
     load("overoptimisation")      one prompt, 6 words, 46,656 responses; proxies fitted to comparisons (Gao et al.)
+    load("constrained")           one prompt, 4 words; two correlated rewards, each worth having up to a point
     load(model="transformer")     the same with a random two-layer GPT-2 for a base model instead of a table
 
     world.extras["exact"]         `Enumerated`: every response, its log-probability under the base, gold, proxies
@@ -11,7 +12,8 @@
 
 The gold reward has an inverted U in the number of 5s (think of a polite phrase: one is good, four are not). A proxy
 that has the slope right where the base model lives extrapolates it, and optimising it too hard makes gold fall.
-Sheets: ppo_rlhf (Gao, Schulman and Hilton, 2022, arXiv 2210.10760) and par (Fu et al., 2025, arXiv 2502.18770).
+Sheets: ppo_rlhf (Gao, Schulman and Hilton, 2022, arXiv 2210.10760), par (Fu et al., 2025, arXiv 2502.18770) and
+constrained (Moskovitz et al., 2023, arXiv 2310.04373).
 """
 
 import functools
@@ -384,6 +386,28 @@ def overoptimisation(
     return world
 
 
+def constrained(seed: int = 0, model: str = "table", *, length: int = 4, raised: float = 0.0) -> Enumerated:
+    """Sheet constrained: proxies "fives" = a + noise and "fours" = .7 b + .3 a + noise, correlated through a.
+
+    a, b: share of 5s and of 4s in a response; noise .03 N(0, 1), drawn once a response. Base logits N(0, .5^2) a
+    prefix, those of words 4 and 5 changed by raised - .4 (a random transformer: of word 5 alone). Gold is quadratic PER
+    RESPONSE, -((fives - .5) / .2)^2 / 2 - ((fours - .4) / .15)^2 / 2; the paper's evaluation is one of the corpus, the
+    same of the proxies' means, minus .2 KL. `raised` moves the reference alone: one seed keeps its proxies.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    responses = enumerate_responses(length)
+    logits = 0.5 * _normal(generator, 1, num_prefixes(length), VOCABULARY)
+    logits[..., SPECIAL - 1 :] += raised - 0.4
+    network = _base(model, logits, length, seed, 0.5, 0.4 - raised)
+    five, four = ((responses == word).double().mean(1) for word in (SPECIAL, SPECIAL - 1))
+    noise = 0.03 * _normal(generator, 2, 1, len(responses))
+    proxies = {"fives": five + noise[0], "fours": 0.7 * four + 0.3 * five + noise[1]}
+    gold = -(((proxies["fives"] - 0.5) / 0.2) ** 2) / 2 - ((proxies["fours"] - 0.4) / 0.15) ** 2 / 2
+    world = Enumerated(responses, torch.zeros_like(gold), gold, proxies, network)
+    world.log_prob_ref = world.log_probs(network)
+    return world
+
+
 def unstructured(
     error: str, num_responses: int = 1296, seed: int = 0, num_references: int = 10
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "m"]]:
@@ -409,13 +433,14 @@ def unstructured(
     return log_prob_ref, gold, proxy, proxy[torch.randint(num_responses, (num_references,), generator=generator)]
 
 
-KINDS = {"padding": padding, "overoptimisation": overoptimisation}
+KINDS = {"padding": padding, "overoptimisation": overoptimisation, "constrained": constrained}
 
 
 def load(kind: str = "padding", *, seed: int = 0, model: str = "table", **settings) -> World:
     """The enumerable world, on the CPU: a policy whose responses are always `length` words, without EOS.
 
-    kind "padding" (settings num_prompts, length) or "overoptimisation" (length, num_comparisons, noise, inverted_u).
+    kind "padding" (settings num_prompts, length), "overoptimisation" (length, num_comparisons, noise, inverted_u) or
+    "constrained" (length, raised).
     model "table" or "transformer". Rewards: "gold" and the proxies; the oracle is gold, not 0 or 1.
     extras["exact"] is the `Enumerated`; extras["num_tokens"] the responses' length; extras["critic"](num_heads) a table
     of zeros for `policy.add_value_heads(network=...)`.

@@ -286,6 +286,31 @@ def test_the_world_says_what_it_has():
     assert len(world.show(samples, prompts, "five").texts) == 6  # the title is one
 
 
+def test_the_constrained_world():
+    """Its rewards by hand on one response, correlated through the 5s; `raised` moves the reference and nothing else."""
+    world = worlds.load("tokens", kind="constrained", seed=3)
+    table = world.extras["exact"]
+    assert set(world.rewards) == {"gold", "fives", "fours"} and world.prompts == ["p0"]
+    shares = torch.stack([(table.responses == word).double().mean(1) for word in (5, 4)])
+    plain = {"fives": shares[0], "fours": 0.7 * shares[1] + 0.3 * shares[0]}
+    noise = torch.stack([table.proxies[name][0] - plain[name] for name in plain])
+    assert noise.std(1).tolist() == pytest.approx([0.03, 0.03], rel=0.06)
+    assert abs(float(torch.corrcoef(noise)[0, 1])) < 0.1
+    assert float(world.rewards["fives"](["5 5 4 0"], ["p0"])) == pytest.approx(0.5, abs=0.12)
+    assert float(world.rewards["fours"](["5 5 4 0"], ["p0"])) == pytest.approx(0.175 + 0.15, abs=0.12)
+    v1, v2 = (float(world.rewards[name](["5 5 4 0"], ["p0"])) for name in ("fives", "fours"))
+    gold = float(world.oracle(["5 5 4 0"], ["p0"]))
+    assert gold == pytest.approx(-((v1 - 0.5) ** 2) / 0.08 - (v2 - 0.4) ** 2 / 0.045, rel=1e-4)
+    raised = tokens.constrained(3, raised=1.0)
+    assert all(torch.equal(raised.proxies[name], table.proxies[name]) for name in plain)
+    gap = (raised.network.table - table.network.table)[0, 0]
+    torch.testing.assert_close(gap, torch.tensor([0.0, 0, 0, 0, 1, 1], dtype=gap.dtype))
+    logits = table.network.table.detach()
+    assert float(logits[..., 4:].mean() - logits[..., :4].mean()) == pytest.approx(-0.4, abs=0.08)
+    fives = table.proxies["fives"]
+    assert table.mean(raised.log_prob_ref, fives) > table.mean(table.log_prob_ref, fives) + 0.1
+
+
 # ---- the assistant: what answers are worth
 
 
