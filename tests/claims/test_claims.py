@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minialign import cli
+from minialign import cli, worlds
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -16,6 +16,8 @@ import claim_assistant
 import claim_b2diffurl
 import claim_b2diffurl_shapes
 import claim_consistency
+import claim_constrained
+import claim_constrained_assistant
 import claim_ddpo
 import claim_par
 import claim_ppo
@@ -45,6 +47,8 @@ CLAIMS = {
     "b2diffurl": claim_b2diffurl,
     "b2diffurl_shapes": claim_b2diffurl_shapes,
     "consistency": claim_consistency,
+    "constrained": claim_constrained,
+    "constrained_assistant": claim_constrained_assistant,
     "par": claim_par,
     "ppo": claim_ppo,
     "rlcm": claim_rlcm,
@@ -153,6 +157,46 @@ def test_one_seed_of_over_optimisation_and_of_par():
     assert tilted["par, 1"] > tilted["vanilla, 1"] > tilted["sgfc, 1"]
     heavy = claim_par.control_run("student", 0)["gold"]
     assert heavy["par, 1"] > heavy["vanilla, 1"] + 0.1
+
+
+def failed(verdict):
+    return {bar["id"] for bar in verdict["bars"] if not bar["passed"]}
+
+
+def test_constraints_can_fail():
+    stored = json.loads((HERE / "results/constrained.json").read_text())["runs"]
+    weights = {(r["reference"], r["seed"]): r for r in stored if r.get("method") == "weights"}
+    same = [r | ({key: weights[r["reference"], r["seed"]][key] for key in ("v1", "v2", "kl")}
+                 if r["part"] == "transfer" else {}) for r in stored]  # fmt: skip
+    again = claim_constrained.verdict(same)
+    assert again["verdict"] == "does not replicate in miniature"
+    assert "raised reference: final E, mu-PPO minus fixed weights, both tuned on world 0" in failed(again)
+    far = [r | ({"to_projection": 1.0} if r.get("method") == "mu" else {}) for r in stored]
+    assert any(name.startswith("mu-PPO: KL to the I-projection") for name in failed(claim_constrained.verdict(far)))
+    stored = json.loads((HERE / "results/constrained_assistant.json").read_text())["runs"]
+    plain = {r["seed"]: r["gold"] for r in stored if r["method"] == "PPO"}
+    useless = [r | ({"gold": plain[r["seed"]]} if r["method"] == "mu" else {}) for r in stored]
+    assert "final gold, mu-PPO minus PPO-SAT" in failed(claim_constrained_assistant.verdict(useless))
+
+
+def test_one_world_of_constraints():
+    # stored: PPO's E falls from -.8 to -3.8 in 200 rounds, mu passes its first peak of -.7 there, SAT stands at -.8
+    ppo = claim_constrained.Run(2).weighted((1.0, 1.0), 0.02, rounds=150)
+    held = claim_constrained.Run(2).train(200, thresholds=claim_constrained.THETA, variant="mu")
+    assert claim_constrained.curve_of(ppo.curve)[-1] < max(claim_constrained.curve_of(ppo.curve)) - 1.5
+    assert claim_constrained.curve_of(held.curve)[-1] > -1.2 and held.curve["l1"][-1] > 0.65
+    exact = claim_constrained.exact_run(3)
+    assert all(exact[name]["best"] >= max(exact[name]["theta"], exact[name]["weights"]) for name in ("same", "raised"))
+    assert exact["raised"]["theta"] > exact["raised"]["weights"]
+
+
+def test_one_seed_of_the_constrained_assistant():
+    # stored, 80 rounds: mu ends .2 nats from the base with gold 1.2, PPO 21 nats with gold -9
+    models = claim_constrained_assistant.reward_models(worlds.load("assistant"), 0)
+    ppo = claim_constrained_assistant.train_run(models, "PPO", 0, rounds=16)
+    held = claim_constrained_assistant.train_run(models, "mu", 0, (0.21, 0.57), rounds=16)
+    assert sum(ppo["gold"][-4:]) / 4 < sum(held["gold"][-4:]) / 4 - 0.5
+    assert ppo["kl"][-1] > 3 and held["kl"][-1] < 1
 
 
 def test_b2diffurl_fails_if_it_collapses_like_ddpo():
