@@ -60,7 +60,8 @@ def _gradients(value: Any, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
     outputs = [leaf for _, leaf in leaves(value) if type(leaf) in TENSORS and leaf.requires_grad]
     if not outputs or not sources:
         return {name: torch.zeros_like(source) for name, source in sources.items()}
-    total = sum((out * torch.linspace(1, 2, out.numel()).to(out).reshape(out.shape)).sum() for out in outputs)
+    weights = (torch.linspace(1, 2, out.numel(), dtype=torch.float64).to(out).reshape(out.shape) for out in outputs)
+    total = sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
     grads = torch.autograd.grad(total, list(sources.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(sources, grads, strict=True))
 

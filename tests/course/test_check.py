@@ -1,5 +1,8 @@
 """The checks are checked: stubs, constants, nan, wrong shapes, each listed mistake are refused, in the right words."""
 
+import ast
+import contextlib
+import json
 import pkgutil
 import sys
 import types
@@ -9,7 +12,9 @@ import pytest
 import torch
 
 import minialign.course
+from minialign import cli
 from minialign.course import Exercise, Quiz, check, quiz
+from minialign.course.build import GRADED
 from minialign.course.check import difference, find, judge, registered, unlike
 from minialign.course.observe import Outcome, observe
 
@@ -374,6 +379,30 @@ def test_reference_passes_its_own_check(exercise):
     for seed in range(20):
         result = verdict(lambda **k: exercise.reference(**k), exercise, seed)
         assert result.status == "passed", result.text
+
+
+def solutions(chapter):
+    """(exercise, its function in solutions/) of each: imports, functions and constants are run, nothing is trained."""
+    (path,) = (cli.REPOSITORY / "solutions").glob(f"{chapter}_*.ipynb")
+    sources = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    space, defined = {}, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    for node in [node for source in sources for node in ast.parse(source).body]:
+        if isinstance(node, defined) or (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)):
+            with contextlib.suppress(NameError):  # a default argument that is the result of a run
+                exec(compile(ast.Module([node], []), path.name, "exec"), space)
+    checked = [found for source in sources for found in GRADED.findall(source)]
+    return [(find(one), space[one.split("/")[1]]) for one in checked if isinstance(find(one), Exercise)]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_solutions_pass_100_times_out_of_100(chapter):
+    found = solutions(chapter)
+    assert len(found) == sum(isinstance(entry, Exercise) for entry in registered(chapter)) >= 3
+    for exercise, function in found:
+        assert len(exercise.mistakes) >= 3
+        for seed in range(100):
+            result = verdict(function, exercise, seed)
+            assert result.status == "passed", f"seed {seed}: {result.text}"
 
 
 @pytest.mark.parametrize("exercise", [EXERCISE, *EXERCISES], ids=name)
