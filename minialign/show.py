@@ -4,18 +4,22 @@
     point_cloud                            samples of the 2-D worlds
     curves, pareto                         numbers: with bands, baselines and units
     save                                   to a file, with a description in its metadata for those who cannot see it
+    live, html                             whether a notebook server runs this kernel; a figure as an HTML element
 
 Every function returns a matplotlib Figure and draws into `ax` instead when given one. Figures are white whatever the
 notebook's theme, use colours that colour-blind readers tell apart, and never say anything by colour alone. They do not
 touch pyplot's global state, and display themselves as the last expression of a notebook cell.
 """
 
+import base64
 import functools
 import io
 import math
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ RIGHT, WRONG = "#00876c", "#d1495b"
 COLORS = ("#0b6fb8", "#d55e00", "#00876c", "#a23b8f", "#b8860b", "#3a3f4b", "#4db6e2", "#8c564b")
 GAP = 0.1  # between cells, in cells
 FONT_SIZE, TITLE_SIZE, SMALL_SIZE = 12.0, 15.0, 11.0
+SERVERS = ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG")  # set in kernels of JupyterLab and Notebook, of Colab
 
 
 def style() -> AbstractContextManager:
@@ -91,6 +96,31 @@ def save(fig, path: str | Path, description: str = "", dpi: int = 150) -> Path:
     return path
 
 
+def live() -> bool:
+    """Whether a person may be looking: this kernel belongs to a notebook server. MINIALIGN_LIVE=0 or =1 overrules."""
+    wanted = os.environ.get("MINIALIGN_LIVE")
+    return any(name in os.environ for name in SERVERS) if wanted is None else wanted != "0"
+
+
+def html(fig) -> str:
+    """The figure as an <img> that holds its picture and its label as alternative text."""
+    data, size = _png(fig)
+    alt, source = escape(size["alt"]), base64.b64encode(data).decode()
+    return f'<img alt="{alt}" width="{size["width"]}" height="{size["height"]}" src="data:image/png;base64,{source}">'
+
+
+def _png(fig) -> tuple[bytes, dict]:
+    """(PNG, its width, height and alternative text as Jupyter's metadata)."""
+    from PIL import Image
+
+    buffer, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=144)
+    # 256 colours make a notebook a third as large, and no eye sees it
+    Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    width, height = (round(inches * 72 * 1.1) for inches in fig.get_size_inches())
+    return small.getvalue(), {"width": width, "height": height, "alt": fig.get_label()}
+
+
 @functools.cache
 def _figure_class() -> type:
     from matplotlib.figure import Figure
@@ -99,15 +129,11 @@ def _figure_class() -> type:
         """A Figure outside pyplot's registry that Jupyter shows sharply, once, with its label as alt text."""
 
         def _repr_mimebundle_(self, include=None, exclude=None):
-            from PIL import Image
-
-            buffer, small = io.BytesIO(), io.BytesIO()
-            self.savefig(buffer, format="png", dpi=144)
-            # 256 colours make a notebook a third as large, and no eye sees it
-            Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
-            width, height = (round(inches * 72 * 1.1) for inches in self.get_size_inches())
-            size = {"width": width, "height": height, "alt": self.get_label()}
-            return {"image/png": small.getvalue()}, {"image/png": size}
+            data, size = _png(self)
+            bundle = {"image/png": data}
+            if live():  # JupyterLab drops the alternative text of an image, and keeps that of an HTML element
+                bundle["text/html"] = html(self)
+            return bundle, {"image/png": size}
 
     return Picture
 

@@ -361,6 +361,17 @@ def test_a_figure_displays_itself_in_a_notebook_with_alternative_text():
     assert width > 1.5 * metadata["image/png"]["width"]  # sharp on a screen with two pixels a point
 
 
+def test_before_an_audience_the_alternative_text_survives_jupyterlab(monkeypatch):
+    fig = show.image_grid(images(2), title='Two "samples" & more')
+    for name in show.SERVERS:
+        monkeypatch.delenv(name, raising=False)
+    assert not show.live() and set(fig._repr_mimebundle_()[0]) == {"image/png"}  # as stored in the repository
+    monkeypatch.setenv("JPY_SESSION_NAME", "chapter.ipynb")
+    assert show.live() and 'alt="Two &quot;samples&quot; &amp; more"' in fig._repr_mimebundle_()[0]["text/html"]
+    monkeypatch.setenv("MINIALIGN_LIVE", "0")
+    assert not show.live()
+
+
 def test_importing_show_does_not_import_matplotlib():
     code = "import sys, minialign.show; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -44,5 +44,8 @@ reference passes, each mistake is refused and named. The builder sets nbgrader's
 '''
 
 from minialign.course.check import Exercise, Quiz, check, quiz
+from minialign.course.clock import start_clock
+
+start_clock()
 
 __all__ = ["Exercise", "Quiz", "check", "quiz"]
