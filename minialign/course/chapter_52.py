@@ -10,7 +10,7 @@ from minialign.methods import constrained
 
 def standardise(advantages, mask):
     """Each head (last axis) to mean 0 and standard deviation 1 over the valid actions. The package's own."""
-    return constrained.standardise_heads(advantages, mask, eps=1e-16, kl_eps=1e-16)
+    return constrained.standardise_heads(advantages, mask, floor=1e-8)
 
 
 def _moments(advantages, mask, dim=None, correction=1, keepdim=True):
@@ -343,11 +343,9 @@ QUESTIONS = [
         points=1,
         answer="c",
         why={
-            "a": "There is a pair of weights whose optimum lies on any given point that can be reached; no KL is too "
-            "small or too large for it.",
-            "b": "They need not be: tuned on one model they did as well as tuned thresholds on its like.",
-            "c": "Yes: a weight is a price. Where the price leads depends on the model it is put on, and on how long "
-            "one trains. The threshold says where to be.",
+            "a": "For any pair of means that a policy can have, short of the edge, some weights lead exactly there.",
+            "b": "They can: tuned on one model they did nearly as well as tuned thresholds on models of the same kind.",
+            "c": "Yes: a weight is a price, and where it leads depends on who pays it. A threshold says where to be.",
         },
     ),
     Quiz(
@@ -355,10 +353,9 @@ QUESTIONS = [
         points=1,
         answer="a",
         why={
-            "a": "Yes: the constraint holds already and asks for nothing; the nearest model that fulfils it is the "
-            "base.",
-            "b": "That is what an equality would ask for. mu-PPO's constraint says at least.",
-            "c": "A multiplier above 0 pays for reward only while there is too little. Here it falls.",
+            "a": "Yes: the constraint holds already; the nearest policy that fulfils it is the base model.",
+            "b": "That is what an equality would ask for. The constraint of mu-PPO says *at least*.",
+            "c": "A multiplier above 0 pays for reward only while there is too little. Here it falls, and KL rules.",
         },
     ),
     Quiz(
@@ -366,10 +363,9 @@ QUESTIONS = [
         points=1,
         answer="b",
         why={
-            "a": "Standardising is done over tokens in any case; the multipliers' violation is another number.",
-            "b": "Yes: an answer of forty tokens then counts ten times one of four, and the mean that is held at the "
-            "threshold is not the one that was meant.",
-            "c": "Both are means over many numbers; nothing makes the one noisier by itself.",
+            "a": "A reward and its threshold share a scale, and each multiplier has a violation of its own.",
+            "b": "Yes: an answer of forty tokens then counts ten times one of four.",
+            "c": "Both are means over many numbers; a small round makes either noisy.",
         },
     ),
     Quiz(
@@ -378,9 +374,8 @@ QUESTIONS = [
         answer="b",
         why={
             "a": "Advantages are standardised, so the policy sees no difference. But who else reads v - theta?",
-            "b": "Yes: standardised advantages are the same, but the violation is ten times larger, as if "
-            "multiplier_lr were (until the gradient's clip cuts in).",
-            "c": "Standardising each advantage by itself is there so that this cannot happen.",
+            "b": "Yes: ten times as far, until the gradient's clip cuts in (which then slows the other one, too).",
+            "c": "Standardising each advantage by itself is there so that this cannot happen; later it will, by l.",
         },
     ),
     Quiz(
@@ -389,9 +384,8 @@ QUESTIONS = [
         answer="c",
         why={
             "a": "The simplex may be small or large: what it is told about its corners is the trouble.",
-            "b": "Noise hurts a little. Started cold with just as noisy values, the search works.",
-            "c": "Yes: sixty rounds from where the last thresholds left the policy do not reach the new ones, so the "
-            "value belongs to some point on the way, and which depends on the order of the questions.",
+            "b": "A cold start's values are no less noisy, and that search does better.",
+            "c": "Yes: a value then belongs to some point on the way, and which depends on what was asked before.",
         },
     ),
 ]

@@ -56,7 +56,7 @@ def masked_whiten(
     mask: Bool[Tensor, "*shape"],
     shift_mean: bool = True,
     correction: int = 0,
-    eps: float = 1e-8,
+    eps: float | Float[Tensor, ""] = 1e-8,
 ) -> Float[Tensor, "*shape"]:
     """(x - mean) / sqrt(var + eps) over the True elements; 0 elsewhere. A constant x gives exact zeros.
 

@@ -18,19 +18,21 @@ one would have had to guess. They change as training goes.
 
 Every A_i is standardised by itself BEFORE mixing, so multipliers weigh signals of unit variance and the KL's own
 coefficient cancels. As in the paper: N + 1 value heads, the last one for the KL. As in neither: violations are means
-over episodes, not tokens (long answers would count more, sheet trap 10); standardising runs over the whole round; the
-baseline may be the round's own mean at each action ("batch", "prompt"), which needs no critic. The official code's
-swapped thresholds, its slice of the value heads and its unsquashed mixing (traps 1 to 3) are not kept.
+over episodes, not tokens (long answers would count more, sheet trap 10); standardising runs over the whole round; value
+losses are clipped; the baseline may be the round's own mean at each action ("batch", "prompt"), which needs no critic.
+The official code's swapped thresholds, its slice of the value heads and its unsquashed mixing (traps 1 to 3) are not
+kept.
 
 Beyond the paper: an action may be a denoising step as well as a token. There r_0 is minus the log-ratio of the step
 taken, -(log p - log p_ref)(x_{t-1} | x_t), not the exact KL of the two Gaussians, though that has less noise: given the
 state it does not depend on the action, so a step would not answer for its own KL, and the solution would be no tilt.
 
-Two limits that the paper does not name. A tilt by lambda gives A_0 about |lambda| times the reward's spread, so with
+Three limits that the paper does not name. A tilt by lambda gives A_0 about |lambda| times the reward's spread, so with
 one reward standardised signals balance at |l| = N - sum l whatever lambda is: multipliers know the direction of the
 tilt and hardly its size. Little but noise and a small multiplier_lr damps v's swings round theta, then (sheet, trap 8).
-And with tanh(xi) < 0 the right side is always the larger: with one reward or two, xi-PPO cannot hold one BELOW the base
-model's value. The dual (standardise=False) has neither limit.
+With tanh(xi) < 0 the right side is always the larger: with one reward or two, xi-PPO cannot hold one BELOW the base
+model's value. And where one of two constraints is slack its l goes to 0, the KL weighs 2 - l > 1 > l, and mu-PPO cannot
+hold the other: it falls back to the base. The dual (squash=False, standardise=False) has none of these limits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -75,8 +77,8 @@ class Config:
     gae_lambda: float = 0.95
     clip_range: float | None = None  # on the ratio of each action; None: .2, of denoising steps 1.6 / D
     value_clip_range: float = 0.2
-    value_coefficient: float = 0.5  # of the rewards' heads
-    kl_value_coefficient: float = 0.2  # of the KL's head
+    value_coefficient: float = 0.5  # of half the squared error of the rewards' heads (authors: of the whole)
+    kl_value_coefficient: float = 0.2  # the same of the KL's head
     learning_rate: float = 1e-3  # AdamW (paper: 1e-6 for GPT-2; 0.02 for a table)
     weight_decay: float = 0.0
     max_grad_norm: float = 0.5  # l2
@@ -117,14 +119,15 @@ def mix_advantages(
 
 
 def standardise_heads(
-    advantages: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], eps: float = 1e-16, kl_eps: float = 1e-6
+    advantages: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], floor: Float[Tensor, "heads"] | float = 1e-8
 ) -> Float[Tensor, "b t heads"]:
-    """Each head to mean 0 and variance 1 (Bessel; + eps) over the valid tokens, by itself; 0 behind the end.
+    """Each head to mean 0 and variance 1 (Bessel; + floor^2) over the valid tokens, by itself; 0 behind the end.
 
-    kl_eps, nats^2: a policy that has not left its reference has a KL of rounding errors, which must not become signal.
+    floor, in the head's units: a spread far below it is rounding, and must not become signal.
     """
-    rewards = [masked_whiten(head, mask, eps=eps, correction=1) for head in advantages[..., :-1].unbind(-1)]
-    return torch.stack([*rewards, masked_whiten(advantages[..., -1], mask, eps=kl_eps, correction=1)], -1)
+    floors = torch.as_tensor(floor, device=advantages.device, dtype=torch.float32).expand(advantages.shape[-1])
+    heads = zip(advantages.unbind(-1), (floors**2).unbind(), strict=True)
+    return torch.stack([masked_whiten(head, mask, eps=eps, correction=1) for head, eps in heads], -1)
 
 
 def multiplier_step(
@@ -228,7 +231,7 @@ def baselines(
 def round_advantages(
     episodes: Episodes, scores: Float[Tensor, "round n"], group: Int[Tensor, "round"], own: Tensor, config: Config
 ):
-    """(advantages (b, t, N + 1), values, returns, KL of each episode), before the update; own: this process's rows.
+    """(advantages (b, t, N + 1), returns, KL of each episode), before the update; own: this process's rows.
 
     Means and spreads are of the whole round, so rows are gathered from all processes, padded to the longest.
     """
@@ -253,10 +256,12 @@ def round_advantages(
         values = baselines(whole, whole_mask, group)[own, : mask.shape[1]]
     advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
     if config.standardise:
+        # a reward that is the same for all, and the KL of a policy that has not moved, are rounding errors by now
+        floor = torch.cat([1e-5 * scores.abs().amax(0), scores.new_full((1,), 1e-3)])
         whole = gather_rows(pad(advantages, (0, 0, *right)), own, num_rows)
-        advantages = standardise_heads(whole, whole_mask)[own, : mask.shape[1]]
+        advantages = standardise_heads(whole, whole_mask, floor)[own, : mask.shape[1]]
     kl = torch.where(mask, episodes.log_probs - log_ref, 0.0).sum(1)
-    return advantages, values, returns, kl
+    return advantages, returns, kl
 
 
 def episode_loss(episodes: Episodes, rows: Tensor, places: Tensor, batch: dict[str, Tensor], config: Config):
@@ -269,7 +274,8 @@ def episode_loss(episodes: Episodes, rows: Tensor, places: Tensor, batch: dict[s
     log_ratio = torch.where(episodes.mask[b, t], log_prob - episodes.log_probs[b, t], 0.0)
     if config.reduction == "mean":
         log_ratio = log_ratio / episodes.num_elements
-    clip_range = config.clip_range or default_clip_range(episodes.num_elements, config.reduction)
+    usual = default_clip_range(episodes.num_elements, config.reduction)
+    clip_range = usual if config.clip_range is None else config.clip_range
     ratio, weight, mixed = log_ratio.exp(), batch["weight"][b, t], batch["mixed"][b, t]
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = (weight * torch.maximum(-mixed * ratio, -mixed * clipped)).sum()
@@ -354,10 +360,10 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
             episodes = (respond if talks else denoise)(policy, own_prompts, noise, config)
             scores = torch.stack([checked(reward, episodes.samples, own_prompts).to(device) for reward in rewards], 1)
             scores = gather_rows(scores, own, round_size)
-            advantages, values, returns, kl = round_advantages(episodes, scores, drawn.to(device), own, config)
+            advantages, returns, kl = round_advantages(episodes, scores, drawn.to(device), own, config)
             lengths = gather_rows(episodes.mask.sum(1), own, round_size)
             kl = gather_rows(kl, own, round_size)
-        batch, infos = {"values": values, "returns": returns}, []
+        batch, infos = {"returns": returns}, []
         for _ in range(config.num_epochs):
             shuffled = torch.randperm(round_size, generator=generator).to(device)
             for minibatch in shuffled.tensor_split(config.num_minibatches):

@@ -89,14 +89,32 @@ def test_each_head_is_standardised_by_itself_over_valid_tokens():
     for k in range(3):
         valid = heads[..., k][mask]
         expected = (valid - valid.mean()) / valid.std()
-        torch.testing.assert_close(whitened[..., k][mask], expected, atol=2e-6, rtol=0)  # 1e-6 in the KL's variance
+        torch.testing.assert_close(whitened[..., k][mask], expected, atol=2e-6, rtol=0)
     assert (whitened[~mask] == 0).all()
     # check 6: a reward and its threshold times a positive constant change nothing but the multiplier's step
     torch.testing.assert_close(standardise_heads(7 * heads, mask), whitened, atol=2e-6, rtol=0)
     assert not torch.allclose(masked_whiten(heads, mask.unsqueeze(-1).expand(heads.shape)), whitened)
-    # a KL of rounding errors, 1e-6 nats, is no signal; a reward as small is one
-    small = standardise_heads(1e-6 * heads / scales, mask)[mask]
+    # far below its floor a head is no signal; the others do not care
+    small = standardise_heads(1e-6 * heads / scales, mask, torch.tensor([1e-8, 1e-8, 1e-3]))[mask]
     assert small[:, 2].std() < 2e-3 and small[:, 0].std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("constant", [0.3, 1.7, 1.0])
+@pytest.mark.parametrize("baseline", ["batch", "prompt"])
+def test_a_constant_reward_is_no_signal(constant, baseline):
+    """Nor is its rounding, which standardising would blow up to 1."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(9) < torch.randint(1, 10, (24,), generator=generator).unsqueeze(1)
+    log_probs = torch.randn(24, 9, generator=generator)
+    reference = log_probs + 0.1 * torch.randn(24, 9, generator=generator)
+    episodes = constrained.Episodes([], log_probs, reference, mask, None, None, (), 1)
+    scores = torch.stack([torch.full((24,), constant), torch.randn(24, generator=generator)], 1)
+    config = Config(thresholds=(1.0, 1.0), baseline=baseline, group_size=4)
+    group = torch.arange(6).repeat_interleave(4)
+    advantages, *_ = constrained.round_advantages(episodes, scores, group, torch.arange(24), config)
+    assert advantages[..., 0].abs().max() < 0.02
+    assert advantages[..., 1][mask].std() == pytest.approx(1, abs=1e-3)
+    assert advantages[..., 2][mask].std() == pytest.approx(1, abs=1e-3)
 
 
 def test_the_i_projections_of_the_sheet():
@@ -249,6 +267,20 @@ def test_a_trained_policy_lands_on_the_i_projection(variant, off, bar):
     target, _ = exact.i_projection(place.log_prob_ref[0], features, torch.tensor([0.5, 0.4], dtype=torch.float64))
     assert reached == pytest.approx([0.5, 0.4], abs=off)
     assert float(exact.discrete_kl(law[0], target)) < bar < 2 < place.kl(place.log_prob_ref, target.unsqueeze(0))
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_slack_constraint_disarms_squashed_multipliers(dual):
+    """theta_1 lies below the base, so its multiplier goes to 0; the KL then weighs 2 - l_2 > l_2, whatever l_2 is."""
+    place, policy, rewards = world()
+    textbook = dict(squash=False, standardise=False, multiplier_lr=2.0) if dual else dict(multiplier_lr=0.5)
+    settings = dict(num_iterations=300, num_prompts=256, rows_per_pass=256, learning_rate=0.05) | textbook
+    _, base = means(place, world()[1])
+    _, reached, last = run(place, policy, rewards, thresholds=(0.1, 0.35), variant="mu", **settings)
+    if dual:
+        assert reached[1] == pytest.approx(0.35, abs=0.05)
+    else:
+        assert float(last.metrics["multiplier_1"]) > 0.9 and reached[1] == pytest.approx(base[1], abs=0.05)
 
 
 def tilt(place, first, second):
