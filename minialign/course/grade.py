@@ -66,8 +66,8 @@ from minialign.course.sandbox import Broken, Limits, Lost, Sandbox
 from minialign.course.worker import DTYPES, MAX_DEPTH, TEXT, Packer
 
 MAX_BYTES = 10 << 20  # of a notebook; the chapters, pictures included, are below 1.5 MB
-MAX_CELLS, MAX_CODE = 2_000, 1_000_000  # cells; characters of code
-MAX_LEAVES = 200_000  # of one result
+MAX_CELLS, MAX_CODE = 2_000, 400_000  # cells; characters of code, of which all submissions' are held in memory
+MAX_LEAVES, MAX_KEY = 10_000, 60  # of one result; characters of a key. Comparing writes out each leaf's whole path
 COUNTED = ("passed", "wrong", "not attempted", "stopped", "missing")
 VERSION = 1  # of the results on disk
 
@@ -211,7 +211,8 @@ def _code_cells(notebook: Any) -> list[tuple[str | None, str]]:
     if not isinstance(notebook, dict) or "nbformat" not in notebook:
         raise Unreadable("not a notebook: JSON, but without a notebook's fields")
     if notebook["nbformat"] != 4:
-        raise Unreadable(f"a notebook of format {str(notebook['nbformat'])[:10]}; expected format 4")
+        version = notebook["nbformat"] if isinstance(notebook["nbformat"], int) else "unknown"
+        raise Unreadable(f"a notebook of format {version}"[:40] + "; expected format 4")
     if not isinstance(notebook.get("cells"), list):
         raise Unreadable("a notebook without cells")
     if len(notebook["cells"]) > MAX_CELLS:
@@ -327,7 +328,8 @@ def _value(packed: Any, budget: list[int], depth: int = 0) -> Any:
         return [_value(item, budget, depth + 1) for item in value]
     if kind == "dict":
         pairs = [(_value(key, budget, depth + 1), _value(item, budget, depth + 1)) for key, item in value]
-        if len({key for key, _ in pairs}) != len(pairs) or any(isinstance(key, torch.Tensor) for key, _ in pairs):
+        odd = any(isinstance(key, torch.Tensor) or len(str(key)) > MAX_KEY for key, _ in pairs)
+        if odd or len({key for key, _ in pairs}) != len(pairs):
             raise Unreadable("its result holds a dict with odd keys")
         return dict(pairs)
     if kind == "tensor":
@@ -688,7 +690,7 @@ def _kept(folder: Path, submission: Submission, key: str) -> Grade | None:
 def slug(name: str) -> str:
     """A file's name, safe and different for different submissions."""
     safe = re.sub(r"[^A-Za-z0-9_-]+", "-", name.removesuffix(".ipynb")).strip("-")[:80]
-    return f"{safe}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{safe}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -511,6 +511,7 @@ def _where(error: BaseException) -> str:
 NO_NEW_PRIVS, DUMPABLE, PDEATHSIG, SUBREAPER = 38, 4, 1, 36  # prctl
 ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
 MASKED_EQ, NOT_EQUAL = 7, 1
+SET_OWNER, SET_OWNER_EX, SET_LEASE = 8, 15, 1024  # fcntl: who gets a file's signals, SIGKILL if asked for; who may open it
 CLONE_THREAD = 0x10000
 WRITING = (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)
 REFUSED = """
@@ -528,7 +529,7 @@ REFUSED = """
     creat openat2 open_by_handle_at unlink unlinkat rename renameat renameat2 mkdir mkdirat rmdir link linkat
     symlink symlinkat mknod mknodat chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat truncate ftruncate
     fallocate utime utimes utimensat futimesat setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr
-    fremovexattr removexattrat memfd_create memfd_secret copy_file_range
+    fremovexattr removexattrat memfd_create memfd_secret copy_file_range flock inotify_add_watch sync syncfs syslog
 """
 
 
@@ -570,6 +571,8 @@ def refuse_system_calls(library: ctypes.CDLL) -> None:
     for call in ("kill", "tgkill"):
         rule(call, (0, NOT_EQUAL, own, 0))
     rule("prlimit64", (2, NOT_EQUAL, 0, 0))  # limits may be read
+    for command in (SET_OWNER, SET_OWNER_EX, SET_LEASE):  # the kernel looks at the lower half of the register only
+        rule("fcntl", (1, MASKED_EQ, 0xFFFFFFFF, command))
     for flag in WRITING:
         rule("open", (1, MASKED_EQ, flag, flag))
         rule("openat", (2, MASKED_EQ, flag, flag))
@@ -614,8 +617,8 @@ def lock(limits: Mapping, library: ctypes.CDLL | None) -> None:
         pages = int(file.read().split()[0])
     memory = pages * os.sysconf("SC_PAGE_SIZE") + limits["memory"] if pages else resource.RLIM_INFINITY
     for name, value in {
-        "RLIMIT_CPU": limits["seconds"], "RLIMIT_AS": memory, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0,
-        "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": limits["processes"],
+        "RLIMIT_CPU": limits["seconds"], "RLIMIT_AS": memory, "RLIMIT_FSIZE": 0, "RLIMIT_NOFILE": 64,
+        "RLIMIT_NPROC": limits["processes"], "RLIMIT_CORE": 1,  # not 0, which a system's crash collector ignores
     }.items():  # fmt: skip
         with contextlib.suppress(ValueError, OSError, AttributeError):
             resource.setrlimit(getattr(resource, name), (value, value))
@@ -701,8 +704,9 @@ def _listen(pipe: int, child: int, limits: Mapping) -> tuple[str, bytes]:
     """(how the child ended, what it said). It is dead when this returns."""
     said, status, ended, deadline = bytearray(), "", None, time.monotonic() + limits["wall"]
     while not status:
-        ready = select.select([pipe], [], [], 0.05 if ended is None else 0)[0]
-        if ready:
+        if time.monotonic() > deadline:
+            status = "time"
+        elif select.select([pipe], [], [], 0.05 if ended is None else 0)[0]:
             part = os.read(pipe, 1 << 16)
             said += part
             if len(said) > limits["output"]:
@@ -711,8 +715,6 @@ def _listen(pipe: int, child: int, limits: Mapping) -> tuple[str, bytes]:
                 break
         elif ended is not None:  # its end of the pipe is held open by something that it left behind
             break
-        elif time.monotonic() > deadline:
-            status = "time"
         else:
             ended = _wait(child, os.WNOHANG)
     for _ in range(0 if status or ended else 200):  # the pipe is closed; the process should end by itself
