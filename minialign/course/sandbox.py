@@ -4,7 +4,7 @@
     Sandbox.run      sends a submission in; yields what the student's processes say, exercise by exercise
 
 Two walls. The outer one is bubblewrap's: namespaces, and a file system of its own. The inner one stands around each
-exercise: resource limits, libseccomp's filter of system calls, the kernel's Landlock. What holds:
+exercise (`locks.py`): resource limits, libseccomp's filter of system calls, the kernel's Landlock. What holds:
 
                                             bwrap +      bwrap   subprocess +   subprocess +   subprocess
                                             libseccomp           libseccomp +   libseccomp
@@ -49,9 +49,11 @@ from typing import NamedTuple
 
 import torch
 
-from minialign.course.worker import FRAME, landlock, seccomp
+from minialign.course.locks import landlock, seccomp
+from minialign.course.worker import FRAME
 
 PACKAGE = Path(__file__).resolve().parents[1]
+INSIDE = ("locks.py", "needed.py", "observe.py", "wire.py", "worker.py")  # of the course, with STUB
 STUB = '''"""In the grader's sandbox the course is empty: no checks, no references, no answers."""
 
 
@@ -297,7 +299,7 @@ class Sandbox:
         if not package.exists():
             (package / "course").mkdir(parents=True)
             (package / "course/__init__.py").write_text(STUB)
-            for name in ("observe.py", "worker.py"):
+            for name in INSIDE:
                 shutil.copy(PACKAGE / "course" / name, package / "course" / name)
             for entry in PACKAGE.iterdir():
                 if entry.name not in ("course", "__pycache__"):

@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minialign.course import Exercise, Quiz, grade, sandbox, worker
+from minialign.course import Exercise, Quiz, grade, gradebook, locks, sandbox, wire
 from minialign.course.check import difference, registered
+from minialign.course.needed import needed
 from minialign.course.observe import observe
 from minialign.course.sandbox import PACKAGE, Limits
 
@@ -366,7 +367,7 @@ def working(kind):
         except (OSError, subprocess.CalledProcessError) as problem:
             return f"bubblewrap is not installed, or may not be used here: {problem}"
         return ""
-    walls = worker.landlock() and worker.seccomp()  # without them, nothing keeps these attacks from the tests' machine
+    walls = locks.landlock() and locks.seccomp()  # without them, nothing keeps these attacks from the tests' machine
     return "" if walls else "no Landlock or no libseccomp: the attacks are not let loose without either"
 
 
@@ -468,10 +469,10 @@ def test_no_answer_leaks(graded):
 
 def test_feedback_is_escaped_and_runs_no_script(graded):
     name = "attack writes a script into its feedback.ipynb"
-    page = (graded.scratch / "grades/feedback" / f"{grade.slug(name)}.html").read_text()
+    page = (graded.scratch / "grades/feedback" / f"{gradebook.slug(name)}.html").read_text()
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page and "default-src 'none'" in page
     summary = (graded.scratch / "grades/summary.html").read_text()
-    page = (graded.scratch / "grades/feedback" / f"{grade.slug('<b>&.ipynb')}.html").read_text()
+    page = (graded.scratch / "grades/feedback" / f"{gradebook.slug('<b>&.ipynb')}.html").read_text()
     assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
     assert "report.pdf" in summary and "stopped: 99/double" in summary
     assert "'=1+1.ipynb," in (graded.scratch / "grades.csv").read_text()
@@ -494,9 +495,9 @@ def test_a_sandbox_with_a_hole_is_not_used(tmp_path, monkeypatch):
     def holed(hole):
         def course(self):
             folder = copied(self)
-            text = (PACKAGE / "course/worker.py").read_text()
+            text = (PACKAGE / "course/locks.py").read_text()
             assert hole in text
-            (folder / "worker.py").write_text(text.replace(hole, "pass"))
+            (folder / "locks.py").write_text(text.replace(hole, "pass"))
             return folder
 
         return course
@@ -547,17 +548,17 @@ ALL = [e for n in range(100) if n != 99 for e in registered(f"{n:02d}") if isins
 @pytest.mark.parametrize("exercise", ALL, ids=lambda exercise: exercise.name)
 def test_arguments_arrive_as_they_were_sent(exercise):
     """The reference does the same with what comes out at the other end, functions and all."""
-    packer = worker.Packer([exercise.reference])
+    packer = wire.Packer([exercise.reference])
     cases = exercise.draw(0)
     sent = json.loads(json.dumps([packer.pack(dict(case)) for case in cases]))
     functions = json.loads(json.dumps(packer.functions))
     for case, packed in zip(cases, sent, strict=True):
         here, there = (
-            observe(exercise.reference, c, exercise.grad_wrt) for c in (case, worker.unpack(packed, functions))
+            observe(exercise.reference, c, exercise.grad_wrt) for c in (case, wire.unpack(packed, functions))
         )
         assert not difference(there, here)
-    packer = worker.Packer()  # where a later exercise builds on this one, the function itself travels
-    lent = worker.unpack(packer.pack(exercise.reference), packer.functions)
+    packer = wire.Packer()  # where a later exercise builds on this one, the function itself travels
+    lent = wire.unpack(packer.pack(exercise.reference), packer.functions)
     assert not difference(observe(lent, cases[0], exercise.grad_wrt), observe(exercise.reference, cases[0]))
 
 
@@ -733,7 +734,7 @@ def test_what_changed_is_graded_again_and_nothing_else(tmp_path, kind):
     (tmp_path / "class/b.ipynb").write_text(json.dumps(handed_in(**STUBS)))
     points, said = run()
     assert points == [6, 0] and "1 graded" in said
-    kept = tmp_path / "grades/results" / f"{grade.slug('a.ipynb')}.json"
+    kept = tmp_path / "grades/results" / f"{gradebook.slug('a.ipynb')}.json"
     kept.write_text("{")  # half a file is no grade
     assert run()[0] == [6, 0]
 
@@ -776,7 +777,7 @@ def test_without_any_wall_root_is_refused_and_others_are_told(monkeypatch):
 
 def run_statements(given, own, targets, position):
     scope = {}
-    for statement in worker.needed(given, own, targets, position):
+    for statement in needed(given, own, targets, position):
         exec(compile(statement.code, statement.file, "exec"), scope)
     return scope
 
@@ -803,7 +804,7 @@ def test_only_what_is_needed_is_run():
     assert scope["g"]() == (2, 6, [7], "later")
     assert "does_not_exist" not in scope and "other" not in scope
     assert run_statements(given, own, [0], 5)["f"]() == 2
-    assert [s.cell for s in worker.needed(given, own, [2], 7) if s.order[0] < 2 and s.cell] == ["01-f-answer"]
+    assert [s.cell for s in needed(given, own, [2], 7) if s.order[0] < 2 and s.cell] == ["01-f-answer"]
     edited = [(None, "def helper(x): return 'edited'"), *own]  # a given name is as it was given
     assert run_statements(given, edited, [3], 7)["g"]()[1] == 6
 
@@ -817,16 +818,16 @@ def test_a_function_travels_with_what_it_names_but_never_with_an_answer():
     def closed(x, *, shift=1.0):
         return inner(x) + shift
 
-    packer = worker.Packer([slope])
+    packer = wire.Packer([slope])
     packed = json.loads(json.dumps(packer.pack({"f": closed, "t": table, "g": torch.Generator().manual_seed(3)})))
-    out = worker.unpack(packed, json.loads(json.dumps(packer.functions)))
+    out = wire.unpack(packed, json.loads(json.dumps(packer.functions)))
     assert out["f"](3.0).item() == closed(3.0).item() == 36 + 15 + 1
     assert torch.equal(out["t"], table) and out["t"].stride() == table.stride()
     assert torch.rand(1, generator=out["g"]) == torch.rand(1, generator=torch.Generator().manual_seed(3))
     with pytest.raises(ValueError, match="leads to an answer"):
-        worker.Packer([slope]).pack([lambda w: slope(w)])
+        wire.Packer([slope]).pack([lambda w: slope(w)])
     with pytest.raises(ValueError, match="cannot send an object of type"):
-        worker.Packer().pack(object())
+        wire.Packer().pack(object())
 
 
 def claim(value, **changes):
@@ -866,31 +867,31 @@ ONE = {"tensor": ["float32", [1], "AACAPw=="]}
     ],
 )
 def test_a_result_that_is_not_plain_data_is_refused(body, problem):
-    with pytest.raises(grade.Unreadable, match=problem):
-        grade.read_result(body, [{"x": torch.ones(1)}], () if b"null" not in body else ("x",))
+    with pytest.raises(wire.Unreadable, match=problem):
+        wire.read_result(body, [{"x": torch.ones(1)}], () if b"null" not in body else ("x",))
 
 
 def test_a_result_that_is_plain_data_is_read_as_it_was():
     value = {"a": [torch.ones(2, 3).mT, None, True, 3, math.inf], "b": {"c": torch.zeros(0, 2, dtype=torch.int64)}}
-    body = claim(worker._plain(value))
-    [outcome] = grade.read_result(body, [{}], ())
+    body = claim(wire._plain(value))
+    [outcome] = wire.read_result(body, [{}], ())
     assert outcome.value["a"][1:] == [None, True, 3, math.inf]
     assert torch.equal(outcome.value["a"][0], torch.ones(3, 2)) and outcome.value["b"]["c"].shape == (0, 2)
-    [outcome] = grade.read_result(claim({"object": "Yes"}), [{}], ())
+    [outcome] = wire.read_result(claim({"object": "Yes"}), [{}], ())
     assert type(outcome.value).__name__ == "Yes" and outcome.value != 1
-    with pytest.raises(grade.Unreadable, match="gradient that does not fit x"):
-        grade.read_result(claim(1.0, grads={"x": ONE}), [{"x": torch.ones(2)}], ("x",))
+    with pytest.raises(wire.Unreadable, match="gradient that does not fit x"):
+        wire.read_result(claim(1.0, grads={"x": ONE}), [{"x": torch.ones(2)}], ("x",))
 
 
 def test_the_histogram_counts_everyone_once():
-    assert grade.histogram([0, 3, 3, 5], 5) == [("0", 1), ("1", 0), ("2", 0), ("3", 2), ("4", 0), ("5", 1)]
-    counts = grade.histogram([0.0, 2.0, 28.0, 27.9], 28)
+    assert gradebook.histogram([0, 3, 3, 5], 5) == [("0", 1), ("1", 0), ("2", 0), ("3", 2), ("4", 0), ("5", 1)]
+    counts = gradebook.histogram([0.0, 2.0, 28.0, 27.9], 28)
     assert len(counts) == 10 and sum(count for _, count in counts) == 4 and counts[-1] == ("25.2 to 28", 2)
 
 
 def test_names_of_files_stay_apart():
     names = ["a/b.ipynb", "a-b.ipynb", "a b.ipynb", "../b.ipynb", "\udce9.ipynb", "x" * 500 + ".ipynb"]
-    slugs = {grade.slug(name) for name in names}
+    slugs = {gradebook.slug(name) for name in names}
     assert len(slugs) == len(names) and all(len(s) < 100 and s == Path(s).name for s in slugs)
 
 
