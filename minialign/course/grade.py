@@ -18,8 +18,8 @@ code of a submission; it reads JSON, and it compares numbers:
    and training runs are not executed, an edited check or a deleted helper changes nothing.
 3. What comes back is JSON: values, exceptions, gradients, for each case. It is refused unless every leaf is of a known
    type and size, and judged by `check.judge`, the self-check's own code, against the reference, which stays in this
-   process (but see `_lend`). A forged message can only claim values; to be right they have to be those of inputs drawn
-   a moment ago, so forging is computing.
+   process (but see `_Attempt.lend`). A forged message can only claim values; to be right they have to be those of
+   inputs drawn a moment ago, so forging is computing.
 4. The grade is written down at once, in a file of its own, with a hash of all that it depends on. A run that is killed
    and started again grades the rest; grades.csv is assembled last, and replaced whole.
 
@@ -46,11 +46,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from minialign.course import gradebook, sandbox
 from minialign.course.check import GO_ON, Exercise, Quiz, Verdict, judge, quiz, registered
 from minialign.course.gradebook import Grade, Run, slug
+from minialign.course.needed import answers
 from minialign.course.observe import Outcome
 from minialign.course.sandbox import Broken, Limits, Lost, Sandbox
 from minialign.course.submission import (
@@ -75,13 +78,19 @@ STOPPED = {
 }
 
 
+def _none(exercise: Exercise | Quiz, status: str, why: str = "") -> Verdict:
+    """No points, in the form of the self-check's own texts."""
+    text = f"{exercise.name}: {status}{' yet' if status == 'not attempted' else ''}, 0 of {exercise.points:g} points"
+    return Verdict(status, 0.0, f"{text}{why and ': ' + why}.")
+
+
 def stopped(exercise: Exercise | Quiz, said: str, limits: Limits) -> Verdict:
     """The verdict where there is no result."""
-    reason = STOPPED.get(said, "its process ended before there was a result").format(**limits._asdict())
+    why = STOPPED.get(said, "its process ended before there was a result").format(**limits._asdict())
     if match := re.fullmatch(r"died (-?\d+)", said):
         code = int(match[1])
-        reason += f" ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
-    return Verdict("stopped", 0.0, f"{exercise.name}: stopped, 0 of {exercise.points:g} points: {reason}.")
+        why += f" ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+    return _none(exercise, "stopped", why)
 
 
 _judging = threading.Lock()  # torch's random numbers, warnings and standard output are the whole process's
@@ -90,18 +99,17 @@ _judging = threading.Lock()  # torch's random numbers, warnings and standard out
 def verdict(item: Item, cases: Sequence[Mapping], body: bytes) -> Verdict:
     """The verdict on a result. The only place where points are given."""
     exercise = item.exercise
-    refused = f"{exercise.name}: stopped, 0 of {exercise.points:g} points: "
     try:
         outcomes = read_result(body, cases, getattr(exercise, "grad_wrt", ()))
     except Unreadable as problem:
-        return Verdict("stopped", 0.0, f"{refused}{problem}.")
+        return _none(exercise, "stopped", str(problem))
     with _judging:
         if isinstance(exercise, Quiz):
             return _quiz(exercise, outcomes[0])
         try:
             result = judge(exercise, cases, outcomes)
         except Exception as error:  # a value that the check cannot compare must not stop the others' grades
-            return Verdict("stopped", 0.0, f"{refused}its result cannot be judged ({str(error)[:200]}).")
+            return _none(exercise, "stopped", f"its result cannot be judged ({str(error)[:200]})")
     text = re.sub(r"(<function \w+) at 0x\w+>", r"\1>", result.text.removesuffix(f"\n{GO_ON}"))
     return result._replace(text=text)
 
@@ -117,122 +125,139 @@ def _quiz(question: Quiz, outcome: Outcome) -> Verdict:
     return Verdict(status, points, text)
 
 
-def _seed(run: str, *parts: str) -> int:
-    return int.from_bytes(hashlib.sha256("\0".join((run, *parts)).encode()).digest()[:8]) >> 1
+class Asked(NamedTuple):
+    """An exercise that the student did something about."""
+
+    item: Item
+    cells: list[int]  # of the submission: the solution
+    cases: list[dict]
 
 
 def grade_one(submission: Submission, chapter: Chapter, box: Sandbox, seed: str, limits: Limits) -> Grade:
     """Run it in `box` and judge it. A sandbox that is lost costs the exercise that lost it, and no other."""
-    began = time.monotonic()
-    grade = Grade(submission.name, chapter.number, chapter.title, out_of=chapter.points)
+    began, warming = time.monotonic(), box.seconds
     found: dict[str, Verdict] = {}
-    asked: list[tuple[Item, list[int], list[dict]]] = []
+    asked = []
     given = {cell: source for cell, source in chapter.given if cell}
     for item in chapter.items:
-        cells = targets(chapter, item, submission.cells)
-        exercise, name = item.exercise, item.name
+        cells, exercise = targets(chapter, item, submission.cells), item.exercise
         if not cells:
-            text = (
-                f"{name}: missing, 0 of {exercise.points:g} points: the cell with the solution is not in the notebook."
-            )
-            found[name] = Verdict("missing", 0.0, text)
-        elif all(submission.cells[k] == (submission.cells[k][0], given.get(submission.cells[k][0])) for k in cells):
-            text = f"{name}: not attempted yet, 0 of {exercise.points:g} points."
-            found[name] = Verdict("not attempted", 0.0, text)
+            found[item.name] = _none(exercise, "missing", "the cell with the solution is not in the notebook")
+        elif all(given.get(cell) == source for cell, source in (submission.cells[k] for k in cells)):
+            found[item.name] = _none(exercise, "not attempted")
         else:
-            cases = exercise.draw(_seed(seed, submission.digest, name)) if isinstance(exercise, Exercise) else []
-            asked.append((item, cells, cases))
-    prepared, judged, warming = time.monotonic(), [0.0], box.seconds
-    stated: dict[str, dict] = {}
+            drawn = _seed(seed, submission.digest, item.name)
+            asked.append(Asked(item, cells, exercise.draw(drawn) if isinstance(exercise, Exercise) else []))
+    attempt = _Attempt(submission, chapter, box, limits, found)
+    prepared = time.monotonic()
+    attempt.run(asked)
+    for entry in asked:
+        attempt.lend(entry)
+    verdicts = {
+        item.name: [
+            found[item.name].status,
+            found[item.name].points,
+            float(item.exercise.points),
+            found[item.name].text,
+        ]
+        for item in chapter.items
+    }
+    remarks = []
+    for status in ("missing", "stopped"):
+        names = [name for name, entry in verdicts.items() if entry[0] == status]
+        remarks += [f"{status}: {', '.join(names)}"] if names else []
+    seconds = {"preparing": prepared - began, "starting sandboxes": box.seconds - warming, "judging": attempt.judging}
+    seconds["running"] = time.monotonic() - began - sum(seconds.values())
+    return Grade(
+        submission.name, chapter.number, chapter.title, points=float(sum(entry[1] for entry in verdicts.values())),
+        out_of=chapter.points, verdicts=verdicts, remarks=remarks, seconds=seconds,
+        uses=sorted({name for stated in attempt.stated.values() for name in stated["uses"]}),
+    )  # fmt: skip
 
-    def run(asked: list, lent: Sequence[Item]) -> None:
+
+def _seed(run: str, *parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join((run, *parts)).encode()).digest()[:8]) >> 1
+
+
+@dataclass
+class _Attempt:
+    """A submission on its way through a sandbox."""
+
+    submission: Submission
+    chapter: Chapter
+    box: Sandbox
+    limits: Limits
+    found: dict[str, Verdict]  # by exercise
+    stated: dict[str, dict] = field(default_factory=dict)  # by exercise: what it uses, see `read_stated`
+    judging: float = 0.0  # seconds
+
+    def run(self, asked: Sequence[Asked], lent: Sequence[Item] = ()) -> None:
+        """Find a verdict for each."""
         while asked:
             todo, asked, position = asked, [], 0
             try:
-                for said in box.run(_request(chapter, submission, todo, limits, lent)):
+                for said in self.box.run(self._request(todo, lent)):
                     item, _, cases = todo[position]
                     position += 1
-                    start = time.monotonic()
-                    ended = said.status != "ok"
-                    found[item.name] = (
-                        stopped(item.exercise, said.status, limits) if ended else verdict(item, cases, said.body)
-                    )
-                    stated[item.name] = read_stated(said.body)
-                    judged[0] += time.monotonic() - start
+                    began = time.monotonic()
+                    self.stated[item.name] = read_stated(said.body)
+                    if said.status == "ok":
+                        self.found[item.name] = verdict(item, cases, said.body)
+                    else:
+                        self.found[item.name] = stopped(item.exercise, said.status, self.limits)
+                    self.judging += time.monotonic() - began
             except Lost:
                 if position < len(todo):
-                    item = todo[position][0]
-                    found[item.name] = stopped(item.exercise, "lost", limits)
+                    item = todo[position].item
+                    self.found[item.name] = stopped(item.exercise, "lost", self.limits)
                     asked = todo[position + 1 :]
 
-    run(asked, ())
-    for entry in asked:
-        _lend(entry, chapter, submission, found, stated, run)
-    for item in chapter.items:
-        result = found[item.name]
-        grade.verdicts[item.name] = [result.status, result.points, float(item.exercise.points), result.text]
-    grade.points = float(sum(entry[1] for entry in grade.verdicts.values()))
-    for status in ("missing", "stopped"):
-        names = [name for name, entry in grade.verdicts.items() if entry[0] == status]
-        grade.remarks += [f"{status}: {', '.join(names)}"] if names else []
-    grade.uses = sorted({name for states in stated.values() for name in states["uses"]})
-    warming = box.seconds - warming
-    grade.seconds = {"preparing": prepared - began, "starting sandboxes": warming, "judging": judged[0]}
-    grade.seconds["running"] = time.monotonic() - began - sum(grade.seconds.values())
-    return grade
+    def lend(self, entry: Asked) -> None:
+        """A second try for an exercise that builds on earlier ones which have not passed, with right ones instead.
 
+        So does the notebook: its check hands on a working function either way. Those exercises are graded already; and
+        what this process may say, now that it holds their answers, is its status: no word of it reaches the feedback.
+        """
+        item, first = entry.item, self.found[entry.item.name]
+        if first.status == "passed" or not isinstance(item.exercise, Exercise):
+            return
+        text = "\n".join(self.submission.cells[k][1] for k in entry.cells)
+        needs = {answers(cell) for cell in self.stated.get(item.name, {}).get("needs", [])}
+        lent = [
+            other
+            for other in self.chapter.items
+            if other.position < item.position and isinstance(other.exercise, Exercise)
+            and self.found[other.name].status != "passed"
+            and (other.cell in needs or re.search(rf"\b{other.expression}\b", text))
+        ]  # fmt: skip
+        if not lent:
+            return
+        self.run([entry], lent)
+        names, points = ", ".join(other.name for other in lent), item.exercise.points
+        if self.found[item.name].status == "passed":
+            text = f"passed, {points:g} of {points:g} points, with a right {names} in place of yours."
+            self.found[item.name] = self.found[item.name]._replace(text=f"{item.name}: {text}")
+        else:
+            note = f"It builds on {names}, which has not passed; with a right one in its place it does not pass either."
+            self.found[item.name] = first._replace(text=f"{first.text}\n  {note}")
 
-def _lend(entry: tuple, chapter: Chapter, submission: Submission, found: dict, stated: dict, run: Callable) -> None:
-    """A second try for an exercise that builds on earlier ones which have not passed, with right ones in their place.
-
-    So does the notebook: its check hands on a working function either way. Those exercises are graded already; and what
-    this process may say, now that it holds their answers, is its status: no word of its output reaches the feedback.
-    """
-    item, first = entry[0], found[entry[0].name]
-    if first.status == "passed" or not isinstance(item.exercise, Exercise):
-        return
-    text = "\n".join(submission.cells[k][1] for k in entry[1])
-    needs = {re.sub(r"-answer(-\d+)?$", "", cell) for cell in stated.get(item.name, {}).get("needs", [])}
-    lent = [
-        other
-        for other in chapter.items
-        if other.position < item.position and isinstance(other.exercise, Exercise)
-        and found[other.name].status != "passed"
-        and (other.cell in needs or re.search(rf"\b{other.expression}\b", text))
-    ]  # fmt: skip
-    if not lent:
-        return
-    run([entry], lent)
-    second, names = found[item.name], ", ".join(other.name for other in lent)
-    worth = f"{item.exercise.points:g} of {item.exercise.points:g} points"
-    if second.status == "passed":
-        text = f"{item.name}: passed, {worth}, with a right {names} in place of yours."
-        found[item.name] = second._replace(text=text)
-    else:
-        note = f"  It builds on {names}, which has not passed; with a right one in its place it does not pass either."
-        found[item.name] = first._replace(text=f"{first.text}\n{note}")
-
-
-def _request(
-    chapter: Chapter, submission: Submission, asked: Sequence, limits: Limits, lent: Sequence[Item] = ()
-) -> dict:
-    items = []
-    packer = Packer([] if lent else _answers(chapter))
-    for item, cells, cases in asked:
-        try:
-            packed = [packer.pack(dict(case)) for case in cases]
-        except ValueError as error:
-            raise Broken(f"{item.name} cannot be graded: in the arguments of a case, {error}.") from None
-        items.append({
-            "expression": item.expression, "targets": cells, "position": item.position, "cases": packed,
-            "grad_wrt": list(getattr(item.exercise, "grad_wrt", ())),
-        })  # fmt: skip
-    return {
-        "given": chapter.given, "own": submission.cells, "items": items, "functions": packer.functions,
-        "names": {item.cell: item.expression for item in chapter.items},
-        "lent": [[other.cell, other.expression, packer.pack(other.exercise.reference)] for other in lent],
-        "limits": limits._asdict(),
-    }  # fmt: skip
+    def _request(self, asked: Sequence[Asked], lent: Sequence[Item]) -> dict:
+        items, packer = [], Packer([] if lent else _answers(self.chapter))
+        for item, cells, cases in asked:
+            try:
+                packed = [packer.pack(dict(case)) for case in cases]
+            except ValueError as error:
+                raise Broken(f"{item.name} cannot be graded: in the arguments of a case, {error}.") from None
+            items.append({
+                "expression": item.expression, "targets": cells, "position": item.position, "cases": packed,
+                "grad_wrt": list(getattr(item.exercise, "grad_wrt", ())),
+            })  # fmt: skip
+        return {
+            "given": self.chapter.given, "own": self.submission.cells, "items": items, "functions": packer.functions,
+            "names": {item.cell: item.expression for item in self.chapter.items},
+            "lent": [[other.cell, other.expression, packer.pack(other.exercise.reference)] for other in lent],
+            "limits": self.limits._asdict(),
+        }  # fmt: skip
 
 
 def _answers(chapter: Chapter) -> list[Callable]:
@@ -257,10 +282,10 @@ def grade_all(
     chapters = load_chapters(notebooks)
     if chapter is not None and chapter not in chapters:
         raise ValueError(f"no chapter {chapter!r} in {notebooks}. There are: {', '.join(chapters)}.")
-    paths, ignored = collect(submissions)
     folder = out.with_suffix("")
     if folder == out:
         raise ValueError(f"--out {out} needs a suffix, as in grades.csv; the folder beside it is named after it.")
+    paths, ignored = collect(submissions, leave=(out, folder))
     for part in ("results", "feedback"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     hidden = [Path(p) for p in (folder, submissions, notebooks, *hide)]
@@ -270,27 +295,8 @@ def grade_all(
     seed = _kept_seed(folder, seed)
     began = time.monotonic()
     read = [read_submission(path, name) for name, path in paths.items()]
-    grades: dict[str, Grade] = {}
-    todo = []
-    for submission in read:
-        try:
-            if submission.problem:
-                raise Unreadable(submission.problem)
-            found = recognise(submission, chapters)
-            if chapter not in (None, found.number):
-                raise Unreadable(f"this is chapter {found.number}; chapter {chapter} was asked for")
-            key = sha256(json.dumps([found.fingerprint, seed, limits, submission.digest, submission.name]).encode())
-            kept = _kept(folder, submission, key)
-            if kept:
-                grades[submission.name] = kept
-            else:
-                todo.append((submission, found, key))
-        except Unreadable as problem:
-            asked = chapters.get(chapter or "")
-            out_of = asked.points if asked else 0.0
-            grades[submission.name] = Grade(submission.name, out_of=out_of, remarks=[str(problem)])
-    resumed = len(read) - len(todo)
-    if todo and resumed:
+    grades, todo = _sorted(read, chapters, chapter, [seed, limits], folder)
+    if todo and grades:
         echo(f"{len(read)} submissions; {len(todo)} to grade, the others have their grade already")
     reading = time.monotonic() - began
     for done in _run(todo, kind, hidden, seed, limits, jobs, progress, folder):
@@ -306,15 +312,17 @@ def grade_all(
     return ordered
 
 
-def collect(submissions: Path) -> tuple[dict[str, Path], list[str]]:
+def collect(submissions: Path, leave: Sequence[Path] = ()) -> tuple[dict[str, Path], list[str]]:
     """({name: path of a notebook}, other files' names), sorted; links to folders are not followed."""
+    leave = {path.resolve() for path in leave}
     if not submissions.exists() and not submissions.is_symlink():
         raise FileNotFoundError(f"no such file or folder: {submissions}")
     if not submissions.is_dir():
         return {submissions.name: submissions.resolve()}, []
     paths, ignored = {}, []
     for folder, folders, files in os.walk(submissions):
-        folders[:] = [name for name in folders if name != ".ipynb_checkpoints"]
+        here = Path(folder).resolve()
+        folders[:] = [name for name in folders if name != ".ipynb_checkpoints" and here / name not in leave]
         odd = [name for name in folders if name.endswith(".ipynb") or (Path(folder) / name).is_symlink()]
         folders[:] = [name for name in folders if name not in odd]
         for name in files + odd:  # a folder may call itself a notebook, and is told that it is none
@@ -322,18 +330,43 @@ def collect(submissions: Path) -> tuple[dict[str, Path], list[str]]:
             shown = path.relative_to(submissions).as_posix()
             if name.endswith(".ipynb") and not name.startswith("."):  # ._one.ipynb is what a Mac adds to an archive
                 paths[shown] = path
-            else:
+            elif here / name not in leave:
                 ignored.append(shown)
     if not paths:
         raise ValueError(f"{submissions} holds no notebooks (*.ipynb).")
     return dict(sorted(paths.items())), sorted(ignored)
 
 
+def _sorted(
+    read: Sequence[Submission], chapters: Mapping[str, Chapter], chapter: str | None, settings: list, folder: Path
+) -> tuple[dict[str, Grade], list[tuple[Submission, Chapter, str]]]:
+    """Those that have a grade already, or can have none; those to run, with the key that their result is kept under."""
+    grades, todo = {}, []
+    for submission in read:
+        try:
+            if submission.problem:
+                raise Unreadable(submission.problem)
+            found = recognise(submission, chapters)
+            if chapter not in (None, found.number):
+                raise Unreadable(f"this is chapter {found.number}; chapter {chapter} was asked for")
+        except Unreadable as problem:
+            out_of = chapters[chapter].points if chapter else 0.0
+            grades[submission.name] = Grade(submission.name, out_of=out_of, remarks=[str(problem)])
+            continue
+        key = sha256(json.dumps([found.fingerprint, settings, submission.digest, submission.name]).encode())
+        if kept := _kept(folder, submission, key):
+            grades[submission.name] = kept
+        else:
+            todo.append((submission, found, key))
+    return grades, todo
+
+
 def _run(todo, kind, hidden, seed, limits, jobs, progress, folder):
     """Grades as they are finished, one thread and one sandbox a core."""
     from tqdm import tqdm
 
-    jobs = max(1, min(jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(todo)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = max(1, min(jobs or cores, len(todo)))
     boxes = [Sandbox(kind, hidden) for _ in range(jobs if todo else 0)]
     free, stopping = list(boxes), threading.Event()
 

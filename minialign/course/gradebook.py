@@ -199,7 +199,7 @@ def summary(run: Run) -> str:
 
 
 def _went(name: str, points: int | float, grades: Sequence[Grade]) -> list[str]:
-    tally = Counter(grade.verdicts[name][0] for grade in grades)
+    tally = Counter(grade.verdicts[name][0] for grade in grades if grade.verdicts)
     return [name, f"{points:g}", *(str(tally[status] or "") for status in STATES)]
 
 

@@ -1,6 +1,7 @@
 """Which statements of a notebook an exercise needs, so that a chapter's training runs are not started to grade it.
 
-    needed(given, own, targets, position)
+    needed(given, own, targets, position)       for the solution in the student's cells `targets`
+    answers(cell)                               which check a solution cell is for
 
 Names that a solution uses are looked up in the given cells above it, as they were handed out; what those use, likewise.
 An edited or deleted given cell therefore changes nothing, and a name that is not given comes from the student's cells.
@@ -50,15 +51,15 @@ def needed(
     already. SyntaxError from a target.
     """
     names = names or {}
-    answers = {cell: [i for i, (other, _) in enumerate(own) if other == cell] for cell, _ in given if _is_answer(cell)}
+    solutions = {cell: [i for i, (other, _) in enumerate(own) if other == cell] for cell, _ in given if answers(cell)}
     before: list[Statement] = []
     for number, (cell, source) in enumerate(given[:position]):
-        check = re.sub(r"-answer(-\d+)?$", "", cell or "")
+        check = answers(cell)
         due = frozenset({names[check]} if check in names else ())
         if check in lent:
             before.append(Statement((0, number, 0, 0), NOTHING, "", due, NONE, False, True, "", ""))
-        elif cell in answers:
-            for k in answers[cell]:
+        elif cell in solutions:
+            for k in solutions[cell]:
                 if k not in targets:
                     whole = _statements(own[k][1], (0, number, k), f"your cell {cell}", cell, whole=True)
                     before += (statement._replace(binds=statement.binds | due) for statement in whole)
@@ -100,8 +101,10 @@ def needed(
     return [*sorted(chosen.values(), key=lambda statement: statement.order), *goal]
 
 
-def _is_answer(cell: str | None) -> bool:
-    return bool(cell) and re.search(r"-answer(-\d+)?$", cell) is not None
+def answers(cell: str | None) -> str:
+    """The grade id of the check that a solution cell is for: "10-step_kl" of "10-step_kl-answer"; else ""."""
+    match = re.fullmatch(r"(.+)-answer(-\d+)?", cell or "")
+    return match[1] if match else ""
 
 
 @functools.cache

@@ -23,6 +23,7 @@ import torch
 
 from minialign.course import build
 from minialign.course.check import Exercise, Quiz, find
+from minialign.course.needed import answers
 from minialign.course.sandbox import PACKAGE
 from minialign.course.wire import Unreadable
 
@@ -70,7 +71,7 @@ def load_chapters(notebooks: Path) -> dict[str, Chapter]:
         given = tuple(_code_cells(json.loads(path.read_bytes())))
         items = []
         for position, (cell, source) in enumerate(given):
-            for name in build.GRADED.findall(source) if cell and "-answer" not in cell else ():
+            for name in build.GRADED.findall(source) if cell and not answers(cell) else ():
                 items.append(Item(find(name), cell, _checked(source), position))
         if items:
             number = path.name[:2]
@@ -183,7 +184,7 @@ def _code_cells(notebook: Any) -> list[tuple[str | None, str]]:
         grader = metadata.get("nbgrader") if isinstance(metadata, dict) else None
         grade_id = grader.get("grade_id") if isinstance(grader, dict) else None
         clean = source.encode("utf-8", "replace").decode() if isinstance(source, str) else ""  # no lone surrogates
-        cells.append((grade_id if isinstance(grade_id, str) else None, clean))
+        cells.append((grade_id if isinstance(grade_id, str) and len(grade_id) < 200 else None, clean))
     if (size := sum(len(source) for _, source in cells)) > MAX_CODE:
         raise Unreadable(f"{size / 1e6:.1f} MB of code; a notebook has at most {MAX_CODE / 1e6:g} MB")
     return cells
@@ -194,7 +195,7 @@ def recognise(submission: Submission, chapters: Mapping[str, Chapter]) -> Chapte
     known = {item.cell: number for number, chapter in chapters.items() for item in chapter.items}
     votes: Counter = Counter()
     for cell, source in submission.cells:
-        ids = {re.sub(r"-answer(-\d+)?$", "", cell)} if cell else set()
+        ids = {answers(cell) or cell}
         ids |= {name.replace("/", "-") for name in build.GRADED.findall(source)}
         votes.update({known[i] for i in ids if i in known})
     if not votes:
@@ -204,7 +205,6 @@ def recognise(submission: Submission, chapters: Mapping[str, Chapter]) -> Chapte
 
 def targets(chapter: Chapter, item: Item, cells: Sequence[tuple[str | None, str]]) -> list[int]:
     """Which of the student's cells are the solution: by grade id, and others above the check that define its name."""
-    answer = re.compile(re.escape(item.cell) + r"-answer(-\d+)?")
     defines = re.compile(rf"(?m)^(?:async[ \t]+)?(?:def[ \t]+|class[ \t]+)?{re.escape(item.expression)}\b[ \t]*[(=:]")
     known = {source for _, source in chapter.given}
     place = next((k for k, (cell, _) in enumerate(cells) if cell == item.cell), len(cells))
@@ -212,7 +212,6 @@ def targets(chapter: Chapter, item: Item, cells: Sequence[tuple[str | None, str]
     return [
         k
         for k, (cell, source) in enumerate(cells)
-        if (cell and answer.fullmatch(cell))
-        or (k < place and cell not in graded and not (cell and "-answer" in cell) and source not in known
-            and defines.search(source))
+        if answers(cell) == item.cell
+        or (k < place and cell not in graded and not answers(cell) and source not in known and defines.search(source))
     ]  # fmt: skip

@@ -845,6 +845,22 @@ def test_what_changed_is_graded_again_and_nothing_else(tmp_path, kind, monkeypat
     assert run()[0] == [6, 0]
 
 
+def test_a_flaw_of_the_graders_own_costs_one_submission(tmp_path, kind, monkeypatch):
+    one = grade.grade_one
+
+    def fails(submission, *rest):
+        if submission.name == "bad.ipynb":
+            raise ZeroDivisionError("a flaw")
+        return one(submission, *rest)
+
+    monkeypatch.setattr(grade, "grade_one", fails)
+    grades = graded_together(tmp_path, kind, bad=handed_in(**STUBS), good=handed_in(slope="slope = 5"))
+    assert grades["good"].points == 4 and grades["bad"].points == 0
+    assert "ZeroDivisionError: a flaw); grade it by hand" in grades["bad"].remarks[0]
+    assert "grade it by hand" in (tmp_path / "g/summary.html").read_text()
+    assert len(list((tmp_path / "g/results").glob("*.json"))) == 1  # the other is tried again by the next run
+
+
 # ---------------------------------------------------------------------------------- parts
 
 
@@ -1007,10 +1023,10 @@ WRONG = "def NAME(*args, **kwargs):\n    return 0.123"
 EMPTY = "def NAME(*args, **kwargs):\n    return None"
 
 
-def make_class(folder, number, attacks=None, chapters=("00", "10"), seed=0):
+def make_class(folder, number, chapters=("00", "10", "00"), seed=0):
     """Notebooks of real chapters: right, partly right, wrong, hostile. {name: {exercise: points due}}."""
-    attacks = list(ATTACKS) if attacks is None else attacks
     draw, due, known, hostile = random.Random(seed), {}, grade.load_chapters(ROOT / "notebooks"), 0
+    attacks = draw.sample(list(ATTACKS), len(ATTACKS))
     for k in range(number):
         chapter = known[chapters[k % len(chapters)]]
         complete = json.loads((ROOT / "solutions" / f"{chapter.title}.ipynb").read_text())
