@@ -93,7 +93,7 @@ def refuse_system_calls(library: ctypes.CDLL) -> None:
 
 
 LANDLOCK_RIGHTS = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF}  # by version of the interface: all that can be done with a file
-READ_FILE, READ_FOLDER = 0x5, 0xD  # with execution, which a shared library needs
+READ_FILE, READ_FOLDER, LIST = 0x5, 0xD, 0x8  # the former two with execution, which a shared library needs
 
 
 def landlock() -> int:
@@ -103,14 +103,17 @@ def landlock() -> int:
     return max(0, ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
-def refuse_files(readable: Sequence[str]) -> None:
-    """From now on this process can read what lies at or under `readable`, and no other file. OSError if not."""
+def refuse_files(readable: Sequence[str], listed: Sequence[str] = ()) -> None:
+    """From now on this process can read what lies at or under `readable`, see names under `listed`, and no more.
+
+    OSError if that does not work.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     rights = ctypes.c_uint64(LANDLOCK_RIGHTS[min(landlock(), 3)])
     rules = libc.syscall(444, ctypes.byref(rights), ctypes.c_size_t(8), ctypes.c_uint32(0))
-    for path in filter(os.path.exists, readable):
+    for path in filter(os.path.exists, (*readable, *listed)):
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        allowed = READ_FOLDER if os.path.isdir(path) else READ_FILE
+        allowed = LIST if path in listed else READ_FOLDER if os.path.isdir(path) else READ_FILE
         rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed, place), 12)
         if libc.syscall(445, rules, 1, rule, ctypes.c_uint32(0)):
             raise OSError(ctypes.get_errno(), f"landlock rule for {path}")
@@ -139,6 +142,6 @@ def lock(limits: Mapping, library: ctypes.CDLL | None) -> None:
         libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
         libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if limits["readable"] is not None:
-        refuse_files(limits["readable"])
+        refuse_files(limits["readable"], limits["listed"])
     if library:
         refuse_system_calls(library)

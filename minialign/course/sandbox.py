@@ -64,6 +64,7 @@ def check(name, function=None, seed=None):
 def quiz(name, answer=None):
     return 0.0
 '''
+DEVICES = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
 SYSTEM = (
     "/usr",
     "/lib",
@@ -131,39 +132,33 @@ def isolation(choice: str = "auto", secrets: Sequence[Path] = ()) -> tuple[str, 
     """("bubblewrap" or "subprocess", a warning or ""). ValueError if what was chosen does not work here."""
     if choice not in ("auto", "bubblewrap", "subprocess"):
         raise ValueError(f"unknown isolation {choice!r}. There are: auto, bubblewrap, subprocess.")
-    problem = "bubblewrap (bwrap) is not installed"
-    if choice != "subprocess":
-        if shutil.which("bwrap"):
-            command = [*bubblewrap(PACKAGE / "course", secrets), sys.executable, "-I", "-c", "pass"]
-            probe = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment())
-            if probe.returncode == 0:
-                filtered = (
-                    "" if seccomp() else "libseccomp is not installed: each submission gets a sandbox of its own."
-                )
-                return "bubblewrap", filtered
-            problem = f"bubblewrap does not work here ({(probe.stderr.strip() or probe.returncode)})"
-        if choice == "bubblewrap":
-            raise ValueError(f"{problem}.")
+    problem = "without bubblewrap, as asked for" if choice == "subprocess" else _no_bubblewrap(secrets)
+    if not problem:
+        return "bubblewrap", "" if seccomp() else "libseccomp is not installed: a sandbox for each submission."
+    if choice == "bubblewrap":
+        raise ValueError(f"{problem}.")
     if not seccomp() and hasattr(os, "getuid") and os.getuid() == 0:
         raise ValueError(
             f"{problem}, nor libseccomp, and this is root, whose processes nothing else limits. "
             "Install bubblewrap (best), or grade as an ordinary user."
         )
-    why = problem if choice == "auto" else "without bubblewrap, as asked for"
-    if shown := exposed(secrets):
-        open_ones = f"submissions can read {', '.join(map(str, shown))}"
-    else:
-        open_ones = "" if landlock() else "submissions can read every file that you can, answers included"
-    if not seccomp():
-        open_ones = "; ".join(filter(None, [open_ones, "and start processes, use the network, and change your files"]))
-    held = open_ones or "Landlock and libseccomp keep submissions from all files, processes and the network instead"
-    return "subprocess", f"{why}: {held}."
+    left = {
+        (True, True): "Landlock and libseccomp keep submissions from all files, processes and the network instead",
+        (True, False): "submissions can start processes and use the network",
+        (False, True): "submissions can read every file that you can, answers included",
+        (False, False): "submissions can read and change every file that you can, answers included, start processes "
+        "and use the network",
+    }
+    return "subprocess", f"{problem}: {left[landlock() > 0, seccomp() is not None]}."
 
 
-def exposed(secrets: Sequence[Path]) -> list[Path]:
-    """Which of the secrets a subprocess could read in spite of Landlock, as they lie in a folder that it needs."""
-    allowed = [Path(path) for path in readable(PACKAGE / "course", "subprocess")]
-    return [path for path in secrets if landlock() and any(a in path.resolve().parents for a in allowed)]
+def _no_bubblewrap(secrets: Sequence[Path]) -> str:
+    """Why bubblewrap cannot be used here, or ""."""
+    if not shutil.which("bwrap"):
+        return "bubblewrap (bwrap) is not installed"
+    command = [*bubblewrap(PACKAGE / "course", secrets), sys.executable, "-I", "-c", "pass"]
+    tried = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment())
+    return (tried.returncode and f"bubblewrap does not work here ({tried.stderr.strip() or tried.returncode})") or ""
 
 
 def environment() -> dict[str, str]:
@@ -183,14 +178,30 @@ def libraries() -> list[Path]:
     return sorted((path for path in folders if path.exists()), key=lambda path: (len(path.parts), path))
 
 
-def readable(course: Path, kind: str) -> list[str]:
-    """What a submission may read under Landlock: the system, Python, the package; of the course the empty one."""
-    rooms = [path for path in PACKAGE.iterdir() if path.name not in ("course", "__pycache__")]
-    places = [
-        Path(path) for path in (*SYSTEM, "/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
-    ] + libraries()
-    own = [PACKAGE / "course"] if kind == "bubblewrap" else [course.parent]
-    return [str(path) for path in [*places, *rooms, *own] if path.exists()]
+def readable(course: Path, kind: str, secrets: Sequence[Path] = ()) -> dict[str, list[str]]:
+    """What a submission may read under Landlock: the system, Python, the package; of the course the empty one.
+
+    Landlock can allow a folder, but not forbid a part of it. Of one that holds a secret, the other parts are allowed;
+    "listed" are the folders around a secret, where names may be seen: Python lists a folder to import from it.
+    """
+    places = [Path(path) for path in (*SYSTEM, *DEVICES)] + libraries() + [PACKAGE]
+    closed = {path.resolve() for path in (PACKAGE / "course", *secrets)}
+    if kind == "bubblewrap":  # there, they have other contents already
+        closed = set()
+    whole, listed = [PACKAGE / "course" if kind == "bubblewrap" else course.parent], []
+
+    def add(place: Path) -> None:
+        if any(place in path.parents for path in closed):
+            listed.append(place)
+            for entry in place.iterdir():
+                if not entry.is_symlink():  # it is allowed if what it leads to is
+                    add(entry)
+        elif place not in closed:
+            whole.append(place)
+
+    for place in {path.resolve(): path for path in places if path.exists()}:
+        add(place)
+    return {"readable": [str(path) for path in whole], "listed": [str(path) for path in listed]}
 
 
 def bubblewrap(course: Path, secrets: Sequence[Path] = ()) -> list[str]:
@@ -239,7 +250,9 @@ class Sandbox:
             self.close()
 
     def _exchange(self, request: dict) -> Iterator[Said]:
-        walls = {"readable": readable(self._course(), self.kind) if self.inner and landlock() else None}
+        walls = {"readable": None}
+        if self.inner and landlock():
+            walls = readable(self._course(), self.kind, self.secrets)
         body = json.dumps(request | {"limits": request["limits"] | walls}).encode()
         self._write(b"!" + struct.pack("<Q", len(body)) + body)
         patience = request["limits"]["wall"] + GRACE
