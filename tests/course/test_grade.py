@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -798,6 +799,19 @@ def test_bubblewrap_alone_keeps_what_its_column_says(tmp_path, monkeypatch):
         listener.accept()
 
 
+def test_a_plain_subprocess_keeps_time_and_ends_what_is_left_behind(tmp_path, monkeypatch):
+    """The last column: neither bubblewrap nor libseccomp nor Landlock. Only attacks that harm nobody."""
+    monkeypatch.setattr(grade, "Sandbox", lambda kind, hidden: sandbox.Sandbox(kind, hidden, inner=False))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # by which a process that is left behind would be known
+    names = ("exits", "loops for ever", "becomes a daemon", "takes all memory in torch", "forges a verdict")
+    cells = {name: handed_in(double=fill(ATTACKS[name][0], "double", tmp_path)) for name in names}
+    monkeypatch.setattr(sandbox, "isolation", lambda *_: ("subprocess", ""))
+    grades = graded_together(tmp_path, "subprocess", right=handed_in(), **cells)
+    assert {name: one.points for name, one in grades.items()} == {"right": 6.0} | dict.fromkeys(names, 3.0)
+    assert "ran longer" in grades["loops for ever"].verdicts["99/double"][3]
+    assert strays(tmp_path) == []
+
+
 # ---------------------------------------------------------------------------------- killed, and started again
 
 SCRIPT = """
@@ -1156,7 +1170,5 @@ def main(number, scratch):
 
 
 if __name__ == "__main__":
-    import tempfile
-
     with tempfile.TemporaryDirectory() as place:
         sys.exit(main(int(sys.argv[1]), Path(place)))
