@@ -137,7 +137,7 @@ ATTACKS = {
     "is a fork bomb": ("import os\nfor _ in range(6):\n    os.fork()", "wrong", DENIED),
     "starts a shell": ("import subprocess\n" + BODY + "    subprocess.run(['sh', '-c', 'id'])", "wrong", DENIED),
     "becomes a daemon": (
-        "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass\n" + BODY + "    return 0",
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n" + BODY + "    return 0",
         "wrong", DENIED,
     ),
     "becomes another program": ("import os\nos.execv('/bin/sh', ['sh'])", "wrong", DENIED),
@@ -843,10 +843,10 @@ def strays(scratch):
     return found
 
 
-def killed(folder, scratch, kind, after, seed):
+def killed(folder, scratch, kind, after, seed, limits=QUICK):
     """Start a run that writes killed.csv, and kill it after `after` grades. Nothing may be left behind."""
-    first = start(folder, scratch / "killed.csv", kind, scratch, seed)
-    deadline = time.monotonic() + 300
+    first = start(folder, scratch / "killed.csv", kind, scratch, seed, limits)
+    deadline = time.monotonic() + 600
     results = scratch / "killed/results"
     while len(list(results.glob("*.json"))) < after and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -1144,10 +1144,10 @@ def main(number, scratch):
     attacks = {name.split(" ", 2)[2] for name in due if "hostile" in name}
     before = {path.name: path.read_bytes() for path in (scratch / "class").iterdir()}
     kind = sandbox.isolation()[0]
-    report = start(scratch / "class", scratch / "whole.csv", kind, scratch, "").communicate(timeout=3600)[0]
+    report = start(scratch / "class", scratch / "whole.csv", kind, scratch, "", Limits()).communicate()[0]
     seed = (scratch / "whole/results/seed.txt").read_text().strip()
-    killed(scratch / "class", scratch, kind, after=number // 2, seed=seed)
-    start(scratch / "class", scratch / "killed.csv", kind, scratch, "").communicate(timeout=3600)
+    killed(scratch / "class", scratch, kind, number // 2, seed, Limits())
+    start(scratch / "class", scratch / "killed.csv", kind, scratch, "", Limits()).communicate()
     resumed, whole = ((scratch / name).read_bytes() for name in ("killed.csv", "whole.csv"))
     rows = {row["submission"]: row for row in csv.DictReader(whole.decode().splitlines())}
     wrong = [
