@@ -297,7 +297,7 @@ def grade_all(
     read = [read_submission(path, name) for name, path in paths.items()]
     grades, todo = _sorted(read, chapters, chapter, [seed, limits], folder)
     if todo and grades:
-        echo(f"{len(read)} submissions; {len(todo)} to grade, the others have their grade already")
+        echo(f"{len(read)} submissions; {len(todo)} to grade, the others need no run")
     reading = time.monotonic() - began
     for done in _run(todo, kind, hidden, seed, limits, jobs, progress, folder):
         grades[done.submission] = done

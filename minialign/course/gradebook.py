@@ -124,7 +124,7 @@ section { border: 1px solid var(--line); border-left: .35rem solid var(--colour)
 pre { font: 14px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0 0;
   background: var(--box); border-radius: .3rem; padding: .6rem .8rem }
 svg { width: 100%; height: auto } svg rect { fill: var(--bar) } svg line { stroke: var(--line) }
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif; text-anchor: middle }
+svg text { fill: var(--ink); font: 11px system-ui, sans-serif; text-anchor: middle }
 summary { cursor: pointer; margin: 1.6rem 0 .4rem; font-weight: 600 }
 """
 STYLE += "".join(f".{state.split()[0]} {{ --colour: var(--{state.split()[0]}) }}\n" for state in STATES)
@@ -159,6 +159,7 @@ def feedback(grade: Grade) -> str:
     body += [f"<p>{_text(remark)}.</p>" for remark in grade.remarks]
     for exercise, (status, points, worth, text) in grade.verdicts.items():
         said = re.sub(r"^\S+: [a-z ]+, [\d.]+ of [\d.]+ points[.:]?\s*", "", text)  # the heading says it already
+        said = re.sub(r"^\((\d+ cases)\)\.$", r"\1", said)
         body.append(
             f'<section class="{status.split()[0]}"><h2><b>{html.escape(exercise)}</b>'
             f'<span class="state">{status}</span><span class="n">{points:g} of {worth:g}</span></h2>'
@@ -231,7 +232,7 @@ def _bars(counts: Sequence[tuple[str, int]]) -> str:
 
 def histogram(values: Sequence[float | int], most: float | int, bins: int = 10) -> list[tuple[str, int]]:
     """(interval, how many): whole points where there are few, else tenths of what can be had; the best in the last."""
-    width = 1.0 if most <= bins else most / bins
+    width = 1.0 if most <= 15 else most / bins
     number = max(1, round(most / width))
     counts = Counter(min(int(value / width), number - (0 if width == 1.0 else 1)) for value in values)
     if width == 1.0:

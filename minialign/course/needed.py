@@ -77,6 +77,11 @@ def needed(
         for k in targets
         for statement in _statements(own[k][1], (2, k, 0), "your cell", own[k][0] or "", whole=True, strict=True)
     ]
+    return _with_what_it_uses(goal, before, after_given)
+
+
+def _with_what_it_uses(goal: list[Statement], *pools: list[Statement]) -> list[Statement]:
+    """`goal`, and before it what defines the names that it uses, and theirs: from the first pool that does."""
     chosen: dict[tuple, Statement] = {}
     todo = [(name, statement) for statement in goal for name in statement.uses]
     done = set()
@@ -86,8 +91,8 @@ def needed(
         if (name, limit) in done:
             continue
         done.add((name, limit))
-        for pool in (before, after_given):
-            place = limit if pool is before or limit[0] > 0 else (2,)
+        for pool in pools:
+            place = limit if pool is pools[0] or limit[0] > 0 else (2,)
             found = [s for s in pool if name in s.binds and s.order < place and s.order != asker.order]
             if not found:
                 continue
