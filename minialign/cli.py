@@ -99,11 +99,14 @@ def command_grade(args) -> int:
     from minialign.course import grade, sandbox
 
     limits = sandbox.Limits(seconds=args.seconds, wall=3 * args.seconds)
-    grade.grade_all(
-        Path(args.submissions), Path(args.out), Path(args.source), chapter=args.chapter, jobs=args.jobs,
-        isolation=args.isolation, limits=limits, seed=args.seed, progress=sys.stderr.isatty(),
-        hide=[REPOSITORY / "solutions", REPOSITORY / "tests", REPOSITORY / ".git"],
-    )  # fmt: skip
+    try:
+        grade.grade_all(
+            Path(args.submissions), Path(args.out), Path(args.source), chapter=args.chapter, jobs=args.jobs,
+            isolation=args.isolation, limits=limits, seed=args.seed, progress=sys.stderr.isatty(),
+            hide=[REPOSITORY / "solutions", REPOSITORY / "tests", REPOSITORY / ".git"],
+        )  # fmt: skip
+    except sandbox.Broken as error:
+        raise UserError(str(error)) from None
     return 0
 
 

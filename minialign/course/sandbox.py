@@ -19,9 +19,10 @@ exercise (`locks.py`): resource limits, libseccomp's filter of system calls, the
 
 (1) At most 8, which see and reach nothing; but root's are not counted, so grade as an ordinary user there. (2) But for
 64 MB of scratch space in memory. (3) A new sandbox for each submission, hence torch imported each time. (4) Processes
-left behind are ended, but files may have been changed before. Landlock alone, without libseccomp, gives
-the rows on files; libseccomp is on every Debian, Ubuntu and Fedora (apt and systemd need it), Landlock in kernels from
-5.13 where it is enabled. Outside Linux there is only the last column, and limits only as far as the system keeps them.
+left behind are ended, but files may have been changed before. Under Landlock a program can still ask whether a file
+exists, and for its size. Landlock alone, without libseccomp, gives the rows on files; libseccomp is on every Debian,
+Ubuntu and Fedora (apt and systemd need it), Landlock in kernels from 5.13 where it is enabled. Outside Linux there is
+only the last column, and limits only as far as the system keeps them.
 
 In every case results come back as JSON through a pipe and are checked before they are believed, the verdict is computed
 outside, every submission was read before the first ran, and grades.csv is written last. With neither bubblewrap nor

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minialign import cli
 from minialign.course import Exercise, Quiz, grade, gradebook, locks, sandbox, wire
 from minialign.course.check import difference, registered
 from minialign.course.needed import needed
@@ -914,6 +915,23 @@ def test_a_flaw_of_the_graders_own_costs_one_submission(tmp_path, kind, monkeypa
 def ends(tmp_path, text):
     with pytest.raises(ValueError, match=text):
         grade.grade_all(tmp_path / "class", tmp_path / "grades.csv", tmp_path / "notebooks", echo=lambda text: None)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sandbox, "isolation", lambda *_: ("bubblewrap", ""))  # nothing is attempted, so nothing is run
+    command = ["course", "grade", str(ROOT / "notebooks/00_tour.ipynb"), "--out", str(tmp_path / "grades.csv")]
+    assert cli.main(command) == 0 and "00_tour: 1 submissions, points out of 12" in capsys.readouterr().out
+    [row] = csv.DictReader((tmp_path / "grades.csv").read_text().splitlines())
+    assert (row["submission"], row["points"], row["out_of"]) == ("00_tour.ipynb", "0", "12")
+    page = (tmp_path / "grades/feedback" / f"{gradebook.slug('00_tour.ipynb')}.html").read_text()
+    assert page.count("not attempted") == 8 and 'role="img"' in (tmp_path / "grades/summary.html").read_text()
+    assert cli.main([*command, "--chapter", "99"]) == 2 and "no chapter '99'" in capsys.readouterr().err
+
+    def broken(*_, **__):
+        raise sandbox.Broken("the sandbox is not shut")
+
+    monkeypatch.setattr(grade, "grade_all", broken)
+    assert cli.main(command) == 2 and "course: the sandbox is not shut" in capsys.readouterr().err
 
 
 def test_an_instructors_mistakes_are_named(tmp_path):
