@@ -95,6 +95,21 @@ def command_course(args) -> int:
     return 0
 
 
+def command_grade(args) -> int:
+    from minialign.course import grade, sandbox
+
+    limits = sandbox.Limits(seconds=args.seconds, wall=3 * args.seconds)
+    try:
+        grade.grade_all(
+            Path(args.submissions), Path(args.out), Path(args.source), chapter=args.chapter, jobs=args.jobs,
+            isolation=args.isolation, limits=limits, seed=args.seed, progress=sys.stderr.isatty(),
+            hide=[REPOSITORY / "solutions", REPOSITORY / "tests", REPOSITORY / ".git"],
+        )  # fmt: skip
+    except sandbox.Broken as error:
+        raise UserError(str(error)) from None
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="minialign", description="Reward alignment of generative models, one paper a file."
@@ -139,11 +154,26 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", help="store the rows as JSON")
     bench.set_defaults(function=command_bench)
 
-    course = commands.add_parser("course", help="make the student's edition of the chapters")
-    course.add_argument("action", choices=["build"])
-    course.add_argument("--only", help="one chapter, by number or name")
-    course.add_argument("--no-execute", action="store_true", help="leave the student's edition without outputs")
-    course.set_defaults(function=command_course)
+    course = commands.add_parser("course", help="make the student's edition of the chapters; grade what comes back")
+    actions = course.add_subparsers(dest="action", required=True)
+    make = actions.add_parser("build", help="the student's edition, from the complete one")
+    make.add_argument("--only", help="one chapter, by number or name")
+    make.add_argument("--no-execute", action="store_true", help="leave the student's edition without outputs")
+    make.set_defaults(function=command_course)
+    marks = actions.add_parser("grade", help="grade a notebook or a folder of hundreds, each in a sandbox")
+    marks.add_argument("submissions", help="a notebook, or a folder of them")
+    marks.add_argument("--out", default="grades.csv", help="the grades; feedback goes to the folder of that name")
+    marks.add_argument(
+        "--source", default=REPOSITORY / "notebooks", help="the chapters as they were handed out (default: notebooks/)"
+    )
+    marks.add_argument("--chapter", help="accept this chapter only, by number")
+    marks.add_argument("--jobs", type=int, help="sandboxes at a time (default: one a core)")
+    marks.add_argument(
+        "--seconds", type=int, default=10, help="of CPU for each exercise, and thrice as many of wall time"
+    )
+    marks.add_argument("--seed", help="of the fresh inputs (default: drawn at the first start, and kept)")
+    marks.add_argument("--isolation", choices=["auto", "bubblewrap", "subprocess"], default="auto")
+    marks.set_defaults(function=command_grade)
     return top
 
 

@@ -20,9 +20,8 @@ def _per_group(rewards, group, formula):
 def _group_case(g, dtype=torch.float32):
     group = (torch.arange(7) % 3)[torch.randperm(7, generator=g)]  # sizes 3, 2, 2: no group of one
     level = torch.tensor([0.0, 5.0, -2.0], dtype=dtype)
-    # a step of .5 keeps a group's rewards apart: of two that nearly agree, float32 loses the difference
-    apart = 0.5 * torch.arange(7, dtype=dtype)[torch.randperm(7, generator=g)]
-    return dict(rewards=0.2 * torch.rand(7, generator=g, dtype=dtype) + apart + level[group], group=group, eps=1e-6)
+    apart = torch.randperm(7, generator=g) + 0.3 * torch.rand(7, generator=g)  # two near-equal rewards are all rounding
+    return dict(rewards=apart.to(dtype) + level[group], group=group, eps=1e-6)
 
 
 GROUP_ADVANTAGES = Exercise(
