@@ -178,8 +178,8 @@ class Shaped:
 
     references: from `reference_rewards`; needed by some shapings, and for `freeze`. Running statistics take in every
     batch that it is called with, so watch progress with the reward itself. `raw` holds the last batch's own rewards.
-    length_of(samples) -> (b,): tokens, for a length_limit. With DDPO set scale_advantages=False: dividing by a group's std
-    blows up again what shaping has made small.
+    length_of(samples) -> (b,): tokens, for a length_limit. With DDPO set scale_advantages=False: dividing by a
+    group's std blows up again what shaping has made small.
     """
 
     def __init__(self, reward, references: dict[str, Tensor] | None = None, config: Config = Config(), length_of=None):
