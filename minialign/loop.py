@@ -4,7 +4,7 @@ A method's `train(...)` is a generator of `Step`s, so it can be watched, plotted
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,6 +147,13 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def sum_parts(infos: list[dict[str, Tensor]], names: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
+    """{name: its sum over the parts that a round's update was made of, on all processes}. Some may have had no part."""
+    zero = {name: torch.zeros((), device=device) for name in names}
+    sums = torch.stack([torch.stack([info[name].float() for info in [zero, *infos]]).sum() for name in names])
+    return dict(zip(names, sum_over_processes(sums), strict=True))
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:

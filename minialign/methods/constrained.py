@@ -45,7 +45,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from minialign.kernels import clipped_value_loss, gae, kl_k3, masked_whiten, token_rewards
-from minialign.loop import Step, gather_rows, own_rows, pack, sum_gradients, sum_over_processes, timer, unpack
+from minialign.loop import (
+    Step,
+    gather_rows,
+    own_rows,
+    pack,
+    sum_gradients,
+    sum_over_processes,
+    sum_parts,
+    timer,
+    unpack,
+)
 from minialign.methods.ddpo import default_clip_range
 from minialign.rewards import checked
 
@@ -384,7 +394,8 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
                     raw, velocity = multiplier_step(raw, velocity, scores[minibatch].mean(0) - thresholds, config)
 
         passes = config.num_epochs * config.num_minibatches
-        metrics = {name: torch.stack([i[name] for i in infos]).sum() / passes for name in infos[0]} if infos else {}
+        names = ["approx_kl", "clip_fraction", *(["value_loss"] if config.baseline == "critic" else [])]
+        metrics = {name: total / passes for name, total in sum_parts(infos, names, device).items()}
         metrics |= {"reward": scores.sum(1).mean(), "kl": kl.mean(), "length": lengths.float().mean()}
         metrics |= {f"reward_{i}": score for i, score in enumerate(scores.mean(0))}
         if config.variant != "fixed":

@@ -36,7 +36,17 @@ from minialign.kernels import (
     masked_whiten,
     token_rewards,
 )
-from minialign.loop import Step, gather_rows, own_rows, pack, sum_gradients, sum_over_processes, timer, unpack
+from minialign.loop import (
+    Step,
+    gather_rows,
+    own_rows,
+    pack,
+    sum_gradients,
+    sum_over_processes,
+    sum_parts,
+    timer,
+    unpack,
+)
 from minialign.rewards import checked
 
 
@@ -237,9 +247,8 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
                 optimizer.zero_grad(set_to_none=True)
 
         passes = config.num_epochs * config.num_minibatches  # the weights of each sum to 1
-        metrics = (
-            {name: torch.stack([info[name] for info in infos]).sum() / passes for name in infos[0]} if infos else {}
-        )
+        names = ["approx_kl", "clip_fraction", *(["value_loss"] if config.advantage == "gae" else [])]
+        metrics = {name: total / passes for name, total in sum_parts(infos, names, policy.device).items()}
         metrics |= {
             "reward": scores.mean(), "reward_std": scores.std(correction=0), "kl": kl.mean(), "beta": controller.beta,
             "length": lengths.float().mean(), "longest": lengths.max(), "grad_norm": torch.stack(norms).mean(),

@@ -220,8 +220,7 @@ found = {{}}
 for kind in KINDS:
     steps = []
     weights = trained(dataclasses.replace(SMALL, num_prompts=7, group_size=3, advantage=kind), keep=steps)
-    found[kind] = (weights, float(steps[-1][0].metrics["reward"]), float(steps[-1][0].metrics["kl"]),
-                   steps[-1][0].network_evaluations)
+    found[kind] = weights, steps[-1][0].row()
 if state.is_main_process:
     torch.save(found, {out!r})
 state.destroy_process_group()
@@ -236,10 +235,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
     launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    for kind, (weights, reward, kl, evaluations) in torch.load(out).items():
+    for kind, (weights, row) in torch.load(out).items():
         steps = []
         one = trained(dataclasses.replace(SMALL, num_prompts=7, group_size=3, advantage=kind), keep=steps)
         torch.testing.assert_close(weights, one, atol=1e-9, rtol=0)
-        assert reward == pytest.approx(float(steps[-1][0].metrics["reward"]), abs=1e-6)
-        assert kl == pytest.approx(float(steps[-1][0].metrics["kl"]), abs=1e-9)
-        assert evaluations == steps[-1][0].network_evaluations
+        expected = steps[-1][0].row()
+        assert row.keys() == expected.keys() and {"approx_kl", "clip_fraction"} < row.keys()
+        for name in row.keys() - {"seconds"}:
+            assert row[name] == pytest.approx(expected[name], abs=1e-6), name
