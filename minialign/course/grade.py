@@ -110,8 +110,7 @@ def verdict(item: Item, cases: Sequence[Mapping], body: bytes) -> Verdict:
             result = judge(exercise, cases, outcomes)
         except Exception as error:  # a value that the check cannot compare must not stop the others' grades
             return _none(exercise, "stopped", f"its result cannot be judged ({str(error)[:200]})")
-    text = re.sub(r"(<function \w+) at 0x\w+>", r"\1>", result.text.removesuffix(f"\n{GO_ON}"))
-    return result._replace(text=text)
+    return result._replace(text=result.text.removesuffix(f"\n{GO_ON}"))
 
 
 def _quiz(question: Quiz, outcome: Outcome) -> Verdict:

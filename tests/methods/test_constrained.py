@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -637,15 +634,9 @@ state.destroy_process_group()
 """
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(two_processes):
     """Twenty-one responses, so that the shares are unequal and groups are split."""
-    script, out = tmp_path / "two.py", str(tmp_path / "two.pt")
-    script.write_text(TWO_PROCESSES.format(folder=str(Path(__file__).parent), out=out))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for case, (weights, row) in torch.load(out).items():
+    for case, (weights, row) in two_processes(TWO_PROCESSES).items():
         one, last = trained(**CASES[case])
         torch.testing.assert_close(weights, one, atol=1e-7, rtol=0)
         assert row.keys() == last.row().keys() and {"approx_kl", "clip_fraction"} < row.keys()

@@ -1,8 +1,6 @@
 """The DDPO loop: its statistics, and what must not change the result (passes, resuming, processes)."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -190,14 +188,8 @@ state.destroy_process_group()
 """
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
-    script, out = tmp_path / "two.py", str(tmp_path / "two.pt")
-    script.write_text(TWO_PROCESSES.format(folder=str(__import__("pathlib").Path(__file__).parent), out=out))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    steps, two = [], torch.load(out)
+def test_two_processes_give_what_one_gives(two_processes):
+    steps, two = [], two_processes(TWO_PROCESSES)
     one = trained(SMALL, reward=distance, keep=steps)
     torch.testing.assert_close(two["weights"], one, atol=1e-9, rtol=0)
     assert two["reward"] == pytest.approx(steps[-1][0].row()["reward"], abs=1e-6)

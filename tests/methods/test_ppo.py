@@ -2,9 +2,6 @@
 
 import dataclasses
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -227,15 +224,9 @@ state.destroy_process_group()
 """
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(two_processes):
     """Twenty-one responses, so that the shares are unequal and groups are split."""
-    script, out = tmp_path / "two.py", str(tmp_path / "two.pt")
-    script.write_text(TWO_PROCESSES.format(folder=str(Path(__file__).parent), out=out))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for kind, (weights, row) in torch.load(out).items():
+    for kind, (weights, row) in two_processes(TWO_PROCESSES).items():
         steps = []
         one = trained(dataclasses.replace(SMALL, num_prompts=7, group_size=3, advantage=kind), keep=steps)
         torch.testing.assert_close(weights, one, atol=1e-9, rtol=0)
