@@ -42,7 +42,7 @@ class Drag(Interactive):
     """A slider over `values`; each picture `draw(value)`, a figure, is drawn when first looked at, then kept."""
 
     def __init__(self, draw: Callable, values: Sequence, name: str, start: int = 0, still: Callable | None = None):
-        """name: what is dragged; start: the index shown first; still(): the picture for paper, else the first."""
+        """name: what is dragged; start: the index shown first; still(): for paper, if not that one."""
         if not 0 <= start < len(values):
             raise ValueError(f"start is {start}; expected an index of the {len(values)} values.")
         self.draw, self.values, self.name, self.start = draw, list(values), name, start
