@@ -191,7 +191,7 @@ class Run:
             mine = part[torch.isin(first, own)]
             if len(part):
                 rows = torch.searchsorted(own, mine)
-                order = rows.argsort() if rows.ndim == 1 else torch.arange(len(rows), device=rows.device)
+                order = rows.argsort() if rows.ndim == 1 else rows[:, 0].argsort()
                 parts.append(Minibatch(rows[order], part, len(mine) / len(part)))
         return parts
 
@@ -202,7 +202,7 @@ class Run:
         neither they nor the gradient depend on how the work was cut.
         """
         (weight * loss).backward()
-        self._infos.append({name: value.detach().float() for name, value in info.items()})
+        self._infos.append({name: weight * value.detach().float() for name, value in info.items()})
 
     def update(self, scale: float = 1.0) -> None:
         """One optimizer step with the gradients of all processes; scale: of the learning rate, beside the warm-up.
@@ -247,9 +247,6 @@ class Run:
             return {}
         zero = torch.zeros((), device=self.device)
         sums = [torch.stack([zero, *(info[n] for info in self._infos if n in info)]).sum() for n in self._names]
-        # As each loop had it so far: a mean over the parts, or, where parts are weighted sums, over the updates.
-        if not hasattr(self.config, "rows_per_pass") and self._infos:
-            return {name: torch.stack([info[name] for info in self._infos]).mean() for name in self._names}
         means = sum_over_processes(torch.stack(sums)) / max(1, len(self._norms))
         return dict(zip(self._names, means, strict=True))
 

@@ -217,7 +217,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
                 places = torch.arange(window, device=policy.device).expand(len(mini.rows), -1)
                 for part in places.split(config.steps_per_pass, 1) if len(mini.rows) else ():
                     loss, info = objective_loss(policy, traj, mini.rows, part, advantages, clip_range, config)
-                    run.backward(loss * mini.share * part.shape[1] / window, info)
+                    run.backward(loss, info, mini.share * part.shape[1] / window)
                 run.update()
 
         counts = {"kept_positive": (keep & (z > 0)).sum(), "kept_negative": (keep & (z <= 0)).sum()}

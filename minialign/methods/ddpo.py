@@ -165,7 +165,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
             for mini in minibatches:
                 for steps in order[mini.rows].split(config.steps_per_pass, dim=1) if len(mini.rows) else ():
                     loss, info = transition_loss(policy, traj, mini.rows, steps, advantages, clip_range, config)
-                    run.backward(loss * mini.share * steps.shape[1] / order.shape[1], info)
+                    run.backward(loss, info, mini.share * steps.shape[1] / order.shape[1])
                 run.update()
 
         yield run.step(reward_metrics(rewards), reward_queries=len(batch))

@@ -127,7 +127,6 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         progress = 1 - (1 - config.final_lr_fraction) * number / config.num_iterations
         pairs = torch.arange(len(batch), device=policy.device).view(-1, pair)
         for mini in run.minibatches(pairs, config.num_minibatches, batch.own):
-            mini = mini._replace(rows=mini.rows[mini.rows[:, 0].argsort()])
             if len(mini.rows):
                 loss, info = round_loss(policy, traj, mini.rows.T.flatten(), advantages, clip_range, config)
                 run.backward(loss, info, mini.share)
