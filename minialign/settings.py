@@ -20,12 +20,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 class Range:
     """Numbers from low to high; `above`: low itself is not one of them; finite: infinity is not, whatever high is."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float | int = -math.inf
+    high: float | int = math.inf
     above: bool = False
     finite: bool = True
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: float | int) -> bool:
         if math.isnan(value) or (self.finite and math.isinf(value)):
             return False
         return (self.low < value if self.above else self.low <= value) and value <= self.high
@@ -36,17 +36,17 @@ class Range:
             parts.append(f"above {self.low:g}" if self.above else f"of at least {self.low:g}")
         if self.high < math.inf:
             parts.append(f"{'and ' if parts else ''}at most {self.high:g}")
-        return " ".join(parts) or "that is finite"
+        return " ".join(parts)
 
 
 Count = Annotated[int, Range(1)]  # rounds, samples, passes
 Natural = Annotated[int, Range(0)]  # what may be none
-Number = Annotated[float, Range()]
-Positive = Annotated[float, Range(0, above=True)]
-NonNegative = Annotated[float, Range(0)]
-Limit = Annotated[float, Range(0, above=True, finite=False)]  # a clip or a norm; math.inf is none
-Fraction = Annotated[float, Range(0, 1)]
-Share = Annotated[float, Range(0, 1, above=True)]  # of something, and not nothing of it
+Number = Annotated[float | int, Range()]
+Positive = Annotated[float | int, Range(0, above=True)]
+NonNegative = Annotated[float | int, Range(0)]
+Limit = Annotated[float | int, Range(0, above=True, finite=False)]  # a clip or a norm; math.inf is none
+Fraction = Annotated[float | int, Range(0, 1)]
+Share = Annotated[float | int, Range(0, 1, above=True)]  # of something, and not nothing of it
 
 
 class Settings:
@@ -60,7 +60,7 @@ class Settings:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a field of that annotation may hold the value. Whole numbers are numbers; True is not 1."""
+    """Whether a field of that annotation may hold the value. True is not 1."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return fits(value, parts[0]) and all(value in part for part in parts[1:] if isinstance(part, Range))
@@ -72,7 +72,7 @@ def fits(value: Any, annotation: Any) -> bool:
         items = (parts[0],) * len(value) if isinstance(value, tuple) and parts[1:] == (...,) else parts
         return isinstance(value, tuple) and len(value) == len(items) and all(map(fits, value, items))
     if annotation in (int, float):
-        return isinstance(value, (int, float) if annotation is float else int) and not isinstance(value, bool)
+        return isinstance(value, annotation) and not isinstance(value, bool)
     return value is None if annotation is type(None) else isinstance(value, annotation)
 
 
@@ -80,7 +80,11 @@ def expected(annotation: Any) -> str:
     """What a field of that annotation may hold, in words."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return f"{expected(parts[0])} {' '.join(str(part) for part in parts[1:])}"
+        kind, *ranges = parts
+        finite = "a finite number" if kind is not int and any(part.finite for part in ranges) else expected(kind)
+        return " ".join([finite, *map(str, ranges)]).strip()
+    if annotation == float | int:
+        return "a number"
     if origin in (Union, types.UnionType):
         return " or ".join(expected(part) for part in parts)
     if origin is Literal:

@@ -8,7 +8,9 @@ from minialign import loop
 
 def steps(n):
     for i in range(n):
-        yield loop.Step(i, {"reward": torch.tensor(float(i))}, 10 * i, i, 0.1, dict)
+        yield loop.Step(
+            i, {"reward": torch.tensor(float(i))}, {"network_evaluations": 10 * i, "reward_queries": i}, 0.1, dict
+        )
 
 
 def test_fit_collects_plain_numbers_and_stops_where_asked():

@@ -5,6 +5,7 @@ import torch
 from minialign.course.check import Exercise, Quiz
 from minialign.exact import discrete_kl, exponential_tilt
 from minialign.methods import par
+from minialign.statistics import Moments
 
 # ---- preference as reward --------------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ PAR_SLOPE = Exercise(
 
 def merge(count, mean, var, batch):
     """(count, mean, var) of everything so far and `batch` (n,); var is the population variance. The package's own."""
-    seen = par.RunningStatistics(count, mean, var, mean, mean).update(batch)
+    seen = Moments(count, mean, var, mean, mean).merge(Moments.of(batch))
     return seen.count, seen.mean, seen.var
 
 

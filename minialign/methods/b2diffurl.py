@@ -62,7 +62,7 @@ class Config(Settings):
     reduction: Literal["mean", "sum"] = "mean"  # of log-probabilities over the latent's D elements
     clip_range: Limit | None = None  # on the ratio; None: ddpo.default_clip_range (authors: .1 at D = 16,384: no clip)
     advantage_clip: Limit = 5.0  # in standard deviations
-    learning_rate: Positive = 1e-4  # AdamW, LoRA
+    learning_rate: NonNegative = 1e-4  # AdamW, LoRA
     warmup_updates: Natural = 0  # over which the learning rate rises
     weight_decay: NonNegative = 1e-4
     max_grad_norm: Limit = 1.0  # l2

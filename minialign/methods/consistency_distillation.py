@@ -39,7 +39,7 @@ class Config(Settings):
     huber_c: Positive = 0.001
     guidance_range: tuple[Number, Number] = (1.0, 1.0)  # of g, drawn for each sample; needs a guided teacher
     ema_decay: Fraction = 0.95  # of the target network
-    learning_rate: Positive = 2e-3  # AdamW, cosine to zero (LCM: 1e-4, constant)
+    learning_rate: NonNegative = 2e-3  # AdamW, cosine to zero (LCM: 1e-4, constant)
     weight_decay: NonNegative = 0.0
     max_grad_norm: Limit = 1.0  # l2
 

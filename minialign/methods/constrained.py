@@ -86,7 +86,7 @@ class Config(Settings):
     value_clip_range: Limit = 0.2
     value_coefficient: NonNegative = 0.5  # of half the squared error of the rewards' heads (authors: of the whole)
     kl_value_coefficient: NonNegative = 0.2  # the same of the KL's head
-    learning_rate: Positive = 1e-3  # AdamW (paper: 1e-6 for GPT-2; 0.02 for a table)
+    learning_rate: NonNegative = 1e-3  # AdamW (paper: 1e-6 for GPT-2; 0.02 for a table)
     weight_decay: NonNegative = 0.0
     max_grad_norm: Limit = 0.5  # l2
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from minialign.kernels import at_least_float32, clipped_surrogate, gaussian_kl, group_advantages, means, whiten
 from minialign.loop import Run, Step, reward_metrics
 from minialign.rewards import checked
-from minialign.settings import Count, Limit, Natural, NonNegative, Positive, Settings, Share
+from minialign.settings import Count, Limit, Natural, NonNegative, Settings, Share
 from minialign.statistics import Moments, Statistics
 
 
@@ -51,7 +51,7 @@ class Config(Settings):
     advantage_clip: Limit = 5.0  # in standard deviations (the JAX code: 10)
     beta: NonNegative = 0.0  # weight of KL(policy || reference) per step (DPOK); 0 does not evaluate the reference
     kl: Literal["exact", "noise_mse"] = "exact"  # of the two Gaussians; DPOK's code: late steps weigh too little
-    learning_rate: Positive = 3e-4  # AdamW (paper: 1e-5 for all weights, 3e-4 for LoRA)
+    learning_rate: NonNegative = 3e-4  # AdamW (paper: 1e-5 for all weights, 3e-4 for LoRA)
     warmup_updates: Natural = 0  # over which the learning rate rises; AdamW's first steps are as long on noise
     weight_decay: NonNegative = 1e-4
     max_grad_norm: Limit = 1.0  # l2

@@ -69,7 +69,7 @@ class Config(Settings):
     value_coefficient: NonNegative = 0.1
     whiten: bool = True  # advantages ("gae" and "reinforce"), over the round's valid tokens
     average: Literal["token", "sequence"] = "token"  # mean over all tokens; within each response first (GRPO's paper)
-    learning_rate: Positive = 1e-3  # Adam (tiny models; 1e-5 to 1e-6 for large ones)
+    learning_rate: NonNegative = 1e-3  # Adam (tiny models; 1e-5 to 1e-6 for large ones)
     final_lr_fraction: Fraction = 1.0  # of it at the end, linearly
     adam_eps: Positive = 1e-5
     max_grad_norm: Limit = 1.0  # l2

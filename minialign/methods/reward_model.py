@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from minialign.loop import Run, Step, gather_rows, num_processes, own_rows
-from minialign.settings import Count, Limit, NonNegative, Positive, Settings
+from minialign.settings import Count, Limit, NonNegative, Settings
 
 
 class Preferences(NamedTuple):
@@ -42,7 +42,7 @@ class Preferences(NamedTuple):
 class Config(Settings):
     num_epochs: Count = 1  # passes over the pairs; more of them overfit before they help
     batch_size: Count = 64  # pairs
-    learning_rate: Positive = 1e-3  # AdamW, cosine to zero (tiny models; 5e-5 for large ones)
+    learning_rate: NonNegative = 1e-3  # AdamW, cosine to zero (tiny models; 5e-5 for large ones)
     weight_decay: NonNegative = 0.0
     regularisation: NonNegative = 0.0  # on squared scores ("Reg": 0.005)
     odin: bool = False  # two heads; the model needs num_labels = 2

@@ -51,7 +51,7 @@ class Config(Settings):
     buffer_size: Count = 64  # rewards remembered per prompt (authors: 16 or 32)
     min_count: Count = 16  # below so many, a prompt uses the statistics of the whole batch
     advantage_clip: Limit = 10.0  # in standard deviations
-    learning_rate: Positive = 1e-4  # Adam, LoRA
+    learning_rate: NonNegative = 1e-4  # Adam, LoRA
     final_lr_fraction: Fraction = 2 / 3  # of it at the end, linearly
     warmup_updates: Natural = 0  # over which the learning rate rises
     max_grad_norm: Limit = 5.0  # l2

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minialign.loop import Run, Step, reward_metrics
 from minialign.rewards import checked
-from minialign.settings import Count, Limit, NonNegative, Positive, Settings, Share
+from minialign.settings import Count, Limit, NonNegative, Settings, Share
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Config(Settings):
     weighting: Literal["softmax", "top"] = "softmax"  # RWR; RWR-sparse
     beta: NonNegative = 5.0  # inverse temperature of the softmax, per unit of reward
     keep: Share = 0.5  # share of each prompt's samples that RWR-sparse keeps
-    learning_rate: Positive = 1e-3  # AdamW
+    learning_rate: NonNegative = 1e-3  # AdamW
     weight_decay: NonNegative = 1e-4
     max_grad_norm: Limit = 1.0  # l2
 

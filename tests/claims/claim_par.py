@@ -20,6 +20,7 @@ from claim_b2diffurl import bar
 from minialign import worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import par, ppo
+from minialign.statistics import Moments
 from minialign.worlds import tokens
 
 SEEDS = 10
@@ -87,7 +88,7 @@ def control_run(error: str, seed: int) -> dict:
     ref, gold, proxy, refs = tokens.unstructured(error, seed=seed)
     found = {}
     for method in ("vanilla", "sgfc", "par", "frozen clip"):
-        frozen = par.RunningStatistics.of(proxy)
+        frozen = Moments.of(proxy)
         f = par.shape_reward(proxy, refs.expand(len(proxy), -1), method.split()[-1], frozen)
         for kl in (0.5, 1.0, 2.0):
             law = tilt(ref, f, kl)

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from minialign.kernels import clipped_surrogate, group_advantages, kl_k1, kl_k2, kl_k3, whiten
+from minialign.kernels import (
+    clipped_surrogate,
+    group_advantages,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    means,
+    weighted_sums,
+    whiten,
+)
 
 
 def f64(*values):
@@ -135,32 +144,33 @@ def test_surrogate_on_the_grid(clip_range):
         assert info["approx_kl"].item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-12)
 
 
-def test_surrogate_of_the_whole_grid_is_the_mean():
+def test_surrogate_of_the_whole_grid_at_once():
     ratio, advantage = f64(*[r for r, _ in GRID]), f64(*[a for _, a in GRID])
     old = random(len(GRID))
     loss, info = clipped_surrogate(ratio.log() + old, old, advantage, 0.25)
-    expected = sum(surrogate(r, a, 0.75, 1.25)[0] for r, a in GRID) / len(GRID)
-    assert loss.item() == pytest.approx(expected, abs=1e-12)
-    assert info["clip_fraction"].item() == pytest.approx(sum(abs(r - 1) > 0.25 for r in RATIOS) / len(RATIOS))
-    kl = sum(r - 1 - math.log(r) for r in RATIOS) / len(RATIOS)
-    assert info["approx_kl"].item() == pytest.approx(kl, abs=1e-12)
+    assert loss.tolist() == pytest.approx([surrogate(r, a, 0.75, 1.25)[0] for r, a in GRID], abs=1e-12)
+    assert info["clip_fraction"].tolist() == [float(abs(r - 1) > 0.25) for r, _ in GRID]
+    assert info["approx_kl"].tolist() == pytest.approx([r - 1 - math.log(r) for r, _ in GRID], abs=1e-12)
     assert not info["approx_kl"].requires_grad
+    weight = torch.arange(1.0, 34.0, dtype=torch.float64) / 561  # sums to 1
+    assert means(info)["clip_fraction"].item() == pytest.approx(sum(abs(r - 1) > 0.25 for r in RATIOS) / len(RATIOS))
+    total = sum(w * kl for w, kl in zip(weight.tolist(), info["approx_kl"].tolist(), strict=True))
+    assert weighted_sums(info, weight)["approx_kl"].item() == pytest.approx(total)
 
 
 def test_surrogate_by_hand():
-    # Ratios 2 and 1/2, advantages 3 and -4, range .2: -min(6, 3.6) = -3.6 and -min(-2, -3.2) = 3.2; mean -.2.
+    # Ratios 2 and 1/2, advantages 3 and -4, range .2: -min(6, 3.6) = -3.6 and -min(-2, -3.2) = 3.2.
     loss, _ = clipped_surrogate(f64(2.0, 0.5).log(), f64(0, 0), f64(3, -4), 0.2)
-    assert loss.item() == pytest.approx(-0.2)
+    assert loss.tolist() == pytest.approx([-3.6, 3.2])
 
 
 def test_surrogate_at_the_old_policy():
-    """Loss -mean(A), gradient -A / n, nothing clipped: check 4 of the sheet, for one kernel."""
+    """Loss -A, gradient -A, nothing clipped: check 4 of the sheet, for one kernel."""
     log_prob, advantages = random(7).requires_grad_(), random(7, seed=1)
     loss, info = clipped_surrogate(log_prob, log_prob.detach().clone(), advantages, 0.1)
-    torch.testing.assert_close(loss, -advantages.mean())
-    torch.testing.assert_close(torch.autograd.grad(loss, log_prob)[0], -advantages / 7)
-    assert info["clip_fraction"] == 0
-    assert info["approx_kl"] == 0
+    torch.testing.assert_close(loss, -advantages)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), log_prob)[0], -advantages)
+    assert (info["clip_fraction"] == 0).all() and (info["approx_kl"] == 0).all()
 
 
 def test_surrogate_gradcheck():
@@ -243,5 +253,5 @@ def test_precisions(dtype):
         torch.testing.assert_close(estimator(log_prob).double(), estimator(log_prob.double()), **rough)
     loss, info = clipped_surrogate(log_prob, torch.zeros_like(log_prob), rewards, 0.1)
     expected, _ = clipped_surrogate(log_prob.double(), torch.zeros(6, dtype=torch.float64), rewards.double(), 0.1)
-    assert loss.item() == pytest.approx(expected.item(), abs=0.02)
-    assert all(value.isfinite() for value in info.values())
+    torch.testing.assert_close(loss.double(), expected, atol=0.02, rtol=0.02)
+    assert loss.dtype == wide and all(value.isfinite().all() for value in info.values())

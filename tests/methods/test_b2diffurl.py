@@ -9,6 +9,7 @@ from minialign import worlds
 from minialign.kernels import clipped_surrogate
 from minialign.loop import fit, load_checkpoint, save_checkpoint
 from minialign.methods import b2diffurl, ddpo
+from minialign.statistics import Statistics
 
 SMALL = b2diffurl.Config(
     num_iterations=3, num_prompts=6, num_branches=3, first_window=2, last_window=4, num_minibatches=2, num_epochs=2,
@@ -84,15 +85,15 @@ def test_the_branch_baseline_is_the_mean_of_the_others(dtype, generator):
 
 
 def test_history_z_score_by_script():
-    history = b2diffurl.HistoryZScore(["a", "b", "c"], history_stages=1)
+    history = Statistics(rounds=2)
     # a: 1, 3 have mean 2 and unbiased std sqrt(2); b was seen once: no std, so 0
-    first = history.update(["a", "a", "b"], torch.tensor([1.0, 3.0, 9.0]))
+    first = b2diffurl.history_zscore(history, ["a", "a", "b"], torch.tensor([1.0, 3.0, 9.0]))
     torch.testing.assert_close(first, torch.tensor([-(0.5**0.5), 0.5**0.5, 0.0]))
     # a: 1, 3, 5 mean 3 std 2; b: 9, 13 mean 11 std sqrt(8)
-    second = history.update(["b", "a"], torch.tensor([13.0, 5.0]))
+    second = b2diffurl.history_zscore(history, ["b", "a"], torch.tensor([13.0, 5.0]))
     torch.testing.assert_close(second, torch.tensor([2 / 8**0.5, 1.0]))
     # stage 1 has aged out, also for c, which is new: a: 5, 6 and b: nothing new
-    third = history.update(["a", "c", "c"], torch.tensor([6.0, 0.3, 0.3]))
+    third = b2diffurl.history_zscore(history, ["a", "c", "c"], torch.tensor([6.0, 0.3, 0.3]))
     torch.testing.assert_close(third, torch.tensor([0.5**0.5, 0.0, 0.0]))
     assert (third[1:] == 0).all()  # equal rewards: exact zeros
 
@@ -100,9 +101,9 @@ def test_history_z_score_by_script():
 def test_shift_and_scale_of_a_prompts_rewards_change_nothing(generator):
     """Check 7, within one stage: neither the kept set nor the advantages."""
     rewards, prompts = torch.randn(40, generator=generator, dtype=torch.float64), ["a", "b"] * 20
-    plain = b2diffurl.HistoryZScore(["a", "b"], 8).update(prompts, rewards)
+    plain = b2diffurl.history_zscore(Statistics(rounds=9), prompts, rewards)
     moved = torch.where(torch.arange(40) % 2 == 0, 7 * rewards - 30, 0.1 * rewards + 4)
-    again = b2diffurl.HistoryZScore(["a", "b"], 8).update(prompts, moved)
+    again = b2diffurl.history_zscore(Statistics(rounds=9), prompts, moved)
     torch.testing.assert_close(plain, again, atol=1e-6, rtol=0)
     kept = b2diffurl.select_extremes(plain.view(8, 5), 0.5, -0.5)
     assert torch.equal(kept, b2diffurl.select_extremes(again.view(8, 5), 0.5, -0.5)) and 0 < kept.sum() < 16
@@ -115,7 +116,9 @@ def test_the_pairwise_loss_starts_as_a_policy_gradient(generator):
     assert loss.item() == pytest.approx(torch.tensor(2.0).log().item())
     (gradient,) = torch.autograd.grad(loss, log_prob)
     advantages = torch.tensor([[1.5], [-1.5]], dtype=torch.float64).expand(2, 9).flatten()
-    surrogate = clipped_surrogate(log_prob.flatten(), log_prob.detach().flatten(), advantages, 0.1)[0] * 2  # mean of 18
+    surrogate = (
+        clipped_surrogate(log_prob.flatten(), log_prob.detach().flatten(), advantages, 0.1)[0].mean() * 2
+    )  # mean of 18
     torch.testing.assert_close(gradient, torch.autograd.grad(surrogate, log_prob)[0])
     assert b2diffurl.pairwise_loss(ratio[0] + 20, ratio[1] - 20, beta=1.0) < 1e-12  # a pair won
     assert b2diffurl.pairwise_loss(ratio[0] - 20, ratio[1], beta=0.5).item() == pytest.approx(10, abs=1e-4)
@@ -159,8 +162,9 @@ def test_ddpo_is_a_limit(monkeypatch, how):
     else:
         limit = dataclasses.replace(limit, positive_threshold=0.0, negative_threshold=0.0)
     ours = trained(limit)
-    history = b2diffurl.HistoryZScore(["inner", "outer"], limit.history_stages)
-    monkeypatch.setattr(ddpo, "round_advantages", lambda rewards, prompts, *_: history.update(prompts, rewards))
+    history = Statistics(rounds=limit.history_stages + 1)
+    zscore = b2diffurl.history_zscore
+    monkeypatch.setattr(ddpo, "round_advantages", lambda rewards, prompts, *_: zscore(history, prompts, rewards))
     world = worlds.load("compass", num_steps=5)
     world.policy.network.double()
     world.policy.to("cpu")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,11 +76,13 @@ def test_distances_by_hand():
 
 
 def test_the_average_follows_the_student():
-    target, student = nn.Linear(3, 2), nn.Linear(3, 2)
+    student = nn.Linear(3, 2)
+    average = cd.EMA(SimpleNamespace(network=nn.Linear(3, 2)), 0.9)
+    target = average.policy.network
     expected = [
         0.9 * t.detach() + 0.1 * s.detach() for t, s in zip(target.parameters(), student.parameters(), strict=True)
     ]
-    cd.ema_update(target, student, 0.9)
+    average.update(student)
     for t, e in zip(target.parameters(), expected, strict=True):
         torch.testing.assert_close(t.detach(), e)
 

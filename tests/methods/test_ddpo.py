@@ -8,6 +8,7 @@ import torch
 from minialign import worlds
 from minialign.loop import fit, load_checkpoint, save_checkpoint
 from minialign.methods import ddpo
+from minialign.statistics import Statistics
 
 SMALL = ddpo.Config(
     num_iterations=3, num_prompts=8, group_size=2, num_minibatches=2, learning_rate=3e-3, steps_per_pass=5
@@ -33,26 +34,26 @@ def distance(samples, prompts):
 
 def test_prompt_statistics_on_a_scripted_sequence():
     # buffer of 4, at least 3: round 1 gives each prompt 2 rewards, so the batch's mean 2.5 and std sqrt(1.25) are used
-    statistics = ddpo.PromptStatistics(["a", "b"], buffer_size=4, min_count=3)
-    first = statistics.update(["a", "a", "b", "b"], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    statistics = Statistics(last=4)
+    first = ddpo.prompt_advantages(statistics, ["a", "a", "b", "b"], torch.tensor([1.0, 2.0, 3.0, 4.0]), min_count=3)
     torch.testing.assert_close(first, torch.tensor([-1.5, -0.5, 0.5, 1.5]) / 1.25**0.5)
     # round 2: a holds 1, 2, 3 (mean 2, std sqrt(2/3)), b still 2 values: the batch is the single 3, so nothing to say
-    second = statistics.update(["a"], torch.tensor([3.0]))
+    second = ddpo.prompt_advantages(statistics, ["a"], torch.tensor([3.0]), min_count=3)
     torch.testing.assert_close(second, torch.tensor([1.0]) / (2 / 3) ** 0.5, atol=1e-5, rtol=0)
     # round 3: a would hold 1, 2, 3, 7, 7; the oldest leaves: 2, 3, 7, 7 has mean 4.75, variance 5.1875
-    third = statistics.update(["a", "a"], torch.tensor([7.0, 7.0]))
+    third = ddpo.prompt_advantages(statistics, ["a", "a"], torch.tensor([7.0, 7.0]), min_count=3)
     torch.testing.assert_close(third, torch.full((2,), 2.25 / 5.1875**0.5), atol=1e-5, rtol=0)
 
 
 def test_prompt_statistics_ignore_scale_and_shift_and_constants():
     rewards = torch.randn(40, generator=torch.Generator().manual_seed(1))
     prompts = ["a", "b"] * 20
-    plain = ddpo.PromptStatistics(["a", "b"], 64, 16).update(prompts, rewards)
-    moved = ddpo.PromptStatistics(["a", "b"], 64, 16).update(prompts, 7 * rewards + 3)
+    plain = ddpo.prompt_advantages(Statistics(last=64), prompts, rewards, 16)
+    moved = ddpo.prompt_advantages(Statistics(last=64), prompts, 7 * rewards + 3, 16)
     torch.testing.assert_close(plain, moved, atol=1e-4, rtol=0)
-    constant = ddpo.PromptStatistics(["a"], 64, 1).update(["a"] * 7, torch.full((7,), 0.3))
+    constant = ddpo.prompt_advantages(Statistics(last=64), ["a"] * 7, torch.full((7,), 0.3), 1)
     assert (constant == 0).all()  # not 1e-8 / 1e-6
-    kept = ddpo.PromptStatistics(["a", "b"], 64, 16).update(prompts, rewards, scale=False)
+    kept = ddpo.prompt_advantages(Statistics(last=64), prompts, rewards, 16, scale=False)
     assert abs(float(kept[::2].mean())) < 1e-6 and float(kept.std()) == pytest.approx(float(rewards.std()), rel=0.1)
 
 

@@ -1,6 +1,7 @@
 """Reward shapings: the sheet's numbers, invariances, running statistics, and a shaped reward inside real loops."""
 
 import math
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from minialign.exact import exponential_tilt
 from minialign.kernels import group_advantages
 from minialign.loop import fit
 from minialign.methods import ddpo, par
-from minialign.methods.par import Config, RunningStatistics, Shaped, shape_reward
+from minialign.methods.par import Config, Shaped, shape_reward
+from minialign.statistics import Moments
 
 F64 = torch.float64
 
@@ -56,12 +58,16 @@ def slow(method, r, refs, s, c):
     }[method]  # fmt: skip
 
 
+def test_every_shaping_can_be_asked_for():
+    assert set(get_args(get_type_hints(Config)["method"])) == set(par.SHAPINGS)
+
+
 @pytest.mark.parametrize("method", par.SHAPINGS)
 @pytest.mark.parametrize("k", [1.0, 2.0])
 def test_every_shaping_against_the_table(method, k):
     config = Config(method, k=k, ceiling=1.5)
     r, refs = torch.cat([R, f64(7.0, -9.0)]), torch.cat([REFS, f64(0, 1, 2, -1).view(2, 2)])
-    statistics = RunningStatistics.of(r)
+    statistics = Moments.of(r)
     s = [float(v) for v in (statistics.mean, statistics.std, statistics.low, statistics.high)]
     expected = [slow(method, float(a), b.tolist(), s, config) for a, b in zip(r, refs, strict=True)]
     got = shape_reward(r, refs, config, statistics)
@@ -80,7 +86,7 @@ def test_check_2_a_shift_of_a_prompt_changes_nothing(method):
 @pytest.mark.parametrize("method", ["sigmoid", "ceil", "meanstd", "minmax", "clip"])
 def test_check_2_but_it_does_change_the_uncentred_ones(method):
     shift = f64(0.4, -3.0, 11.0)
-    a, b = (shape_reward(r, None, method, RunningStatistics.of(r)) for r in (R, R + shift))
+    a, b = (shape_reward(r, None, method, Moments.of(r)) for r in (R, R + shift))
     centred = (a - a.mean()) - (b - b.mean())
     assert centred.abs().max() > 0.01
 
@@ -108,18 +114,18 @@ def test_check_5_affine_shapings_are_vanilla_under_group_normalisation():
     refs = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(1))[group]
     vanilla = group_advantages(r, group, eps=1e-12)
     for method in ("centred", "meanstd", "minmax"):
-        shaped = shape_reward(r, refs, method, RunningStatistics.of(r))
+        shaped = shape_reward(r, refs, method, Moments.of(r))
         torch.testing.assert_close(group_advantages(shaped, group, eps=1e-12), vanilla, rtol=0, atol=1e-6)
     assert (group_advantages(shape_reward(r, refs), group, eps=1e-12) - vanilla).abs().max() > 0.01
 
 
 def test_check_6_running_statistics():
-    s = RunningStatistics.of(f64(1, 2, 3)).update(f64(4))
+    s = Moments.of(f64(1, 2, 3)).merge(Moments.of(f64(4)))
     assert (float(s.mean), float(s.var), float(s.low), float(s.high), float(s.count)) == (2.5, 1.25, 1, 4, 4)
     batches = torch.randn(7, 11, dtype=F64, generator=torch.Generator().manual_seed(0)).exp()
-    s = RunningStatistics.of(batches[0])
+    s = Moments.of(batches[0])
     for batch in batches[1:]:
-        s = s.update(batch)
+        s = s.merge(Moments.of(batch))
     torch.testing.assert_close(s.var, batches.flatten().var(correction=0))
     torch.testing.assert_close(s.mean, batches.mean())
 

@@ -21,13 +21,17 @@ from minialign.methods.reward_model import Config, Preferences, RewardModel
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefgh"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def make_tokenizer():
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
 
 
 def network(kind="gpt2", num_labels=1, seed=0):
