@@ -101,8 +101,7 @@ def distillation_loss(
     n = torch.randint(solver_steps, (len(latents),), generator=generator).to(policy.device)
     noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(policy.device)
     t, t_next = grid[n], grid_next[n]
-    a = expand_as(alpha_bar[t], latents)
-    states = a.sqrt() * latents + (1 - a).sqrt() * noise
+    states = policy.corrupt(latents, t, noise)
     condition, condition_teacher, scale = guided_condition(policy, teacher, prompts, config, generator)
     prediction = policy.denoise(states, t, condition)
     with torch.no_grad():

@@ -8,7 +8,7 @@ know. Treat a denoising run as an episode, pay the reward at its end, and do pol
     reward normalised per prompt, section 4.4    PromptStatistics (a running buffer a prompt), or group_advantages
     DDPO_SF, eq. 3                               num_minibatches=1, num_epochs=1: the ratio is 1, plain REINFORCE
     DDPO_IS, eq. 4 with PPO's clip               kernels.clipped_surrogate
-    KL(p_theta || p_ref) of a step (DPOK)        kernels.gaussian_kl; in DPOK's code, the unweighted error of the noise
+    KL(p_theta || p_ref) of a step (DPOK)        policy.step_kl; in DPOK's code, the unweighted error of the noise
 
 As in the authors' code, not the paper: log-probabilities are means over the latent's D elements (`reduction`), the loss
 a mean over steps; one AdamW step sees all denoising steps of its trajectories.
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minialign.kernels import at_least_float32, clipped_surrogate, gaussian_kl, group_advantages, whiten
+from minialign.kernels import StepOut, at_least_float32, clipped_surrogate, group_advantages, whiten
 from minialign.loop import Step, gather_rows, own_rows, pack, sum_gradients, sum_over_processes, timer, unpack
 from minialign.rewards import checked
 
@@ -112,16 +112,14 @@ def chosen_steps(num_rows: int, num_steps: int, fraction: float, generator: torc
     return torch.rand(num_rows, num_steps, generator=generator).argsort(1)[:, :count]
 
 
-def step_kl(
-    policy, output: Tensor, states: Tensor, step: Tensor, condition, mean: Tensor, std: Tensor, config: Config
-) -> Tensor:
+def step_kl(policy, output: Tensor, states: Tensor, step: Tensor, condition, out: StepOut, config: Config) -> Tensor:
     """DPOK's regulariser at stored states, (n,): the gradient goes through theta directly, not through the states."""
     with torch.no_grad():
         output_ref = policy.model_output(states, step, condition, reference=True)
     if config.kl == "noise_mse":
         return at_least_float32(output - output_ref).square().flatten(1).mean(1)
-    mean_ref = policy.step_from(output_ref, states, step, reduction=config.reduction).mean
-    return gaussian_kl(mean, mean_ref, std, config.reduction)
+    out_ref = policy.step_from(output_ref, states, step, reduction=config.reduction)
+    return policy.step_kl(out, out_ref, config.reduction)
 
 
 def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tensor, clip_range: float, config: Config):
@@ -132,7 +130,7 @@ def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tenso
     advantages = advantages[rows].repeat_interleave(steps.shape[1])
     loss, info = clipped_surrogate(out.log_prob, log_prob_old, advantages, clip_range)
     if config.beta:
-        kl = step_kl(policy, output, states, step, condition, out.mean, out.std, config).mean()
+        kl = step_kl(policy, output, states, step, condition, out, config).mean()
         loss, info = loss + config.beta * kl, info | {"kl": kl.detach()}
     return loss, info
 

@@ -5,7 +5,7 @@ no density, but the loss bounds the likelihood only loosely, and several passes 
 
     weights softmax(beta r) within each prompt (RWR, section 4.2)           softmax_weights
     the best share of each prompt's samples, weighted 1 (RWR-sparse)      top_weights
-    E[w |noise - noise_pred|^2] over all training timesteps               policy.denoising_error
+    E[w |noise - noise_pred|^2] over all training timesteps               policy.training_error
 
 As in the paper: rounds of sampling and regression, weights carried on. Samples are drawn in proportion to their
 weights, which has the same expectation as weighting the loss. The regression is unguided.
@@ -93,11 +93,10 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         for _ in range(config.num_updates):
             rows = torch.multinomial(weights.cpu(), config.minibatch_size, replacement=True, generator=generator)
             rows = rows.to(policy.device)
-            num_train = policy.scheduler.config.num_train_timesteps
-            timesteps = torch.randint(num_train, (len(rows),), generator=generator).to(policy.device)
+            levels = policy.draw_levels(len(rows), generator)
             latents = traj.final[rows]
             noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(policy.device)
-            loss = policy.denoising_error(latents, timesteps, noise, traj.condition[rows]).mean()
+            loss = policy.training_error(latents, levels, noise, traj.condition[rows], reduction="mean").mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
