@@ -95,7 +95,8 @@ class LanguagePolicy(Trainable):
     them. It may carry a LoRA adapter already, as a PeftModel.
     fixed_length: responses have no EOS and always `num_tokens` tokens (enumerable worlds).
     network_evaluations counts sequences: each pass over one, or its generation token by token, counts 1, and 3 if it
-    will be differentiated. A critic with its own trunk counts on its own, one on the policy's trunk nothing.
+    will be differentiated; in half precision a generation is scored again, and counts 2. A critic with its own trunk
+    counts on its own, one on the policy's trunk nothing.
 
     Raises ValueError for a tokenizer without EOS, or with ids that the network does not have.
     """
@@ -364,7 +365,8 @@ class LanguagePolicy(Trainable):
 
         Stops when all have ended. noise: as from `draw_noise`, which is called if it is None; a row's response depends
         on its own prompt and noise alone. With a cache a token costs one position; log_probs of cached and of whole
-        passes agree to rounding (1e-6 in float32).
+        passes agree to rounding (1e-6 in float32). In half precision that rounding would move the first ratio from 1:
+        there log_probs are those of `score`, from one more pass over the responses, which counts as an evaluation.
         """
         if num_tokens < 1 or not temperature > 0:
             raise ValueError(
@@ -395,10 +397,13 @@ class LanguagePolicy(Trainable):
                 if not running.any():
                     break
         tokens, mask = torch.stack(tokens, 1), torch.stack(mask, 1)
-        return Responses(
+        responses = Responses(
             prompt_tokens, prompt_mask, tokens, mask, torch.stack(log_probs, 1), ~running, list(prompts),
             self._texts(tokens, mask), float(temperature),
         )  # fmt: skip
+        if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.network.parameters()):
+            responses.log_probs = self.log_probs(responses)
+        return responses
 
     def sample(self, prompts: Sequence[str], *, num_tokens: int, generator: torch.Generator | None = None) -> list[str]:
         """The texts of `generate`, one to each prompt: what a reward takes."""
