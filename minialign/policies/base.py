@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minialign.kernels import StepOut, add_noise, at_least_float32, expand_as, gaussian_kl
 from minialign.policies.architectures import call_network
+from minialign.policies.noise import row_noise
 from minialign.policies.trainable import Trainable
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -217,11 +218,18 @@ class Policy(Trainable):
         shared = {name: value.to(self.device) for name, value in encoded.shared.items()}
         return Condition(inputs, unconditional, shared, rows)
 
-    def draw_noise(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """All the randomness of a rollout: (num_samples, S + 1, *latent); [:, 0] starts it, [:, i + 1] is step i's."""
-        shape = (num_samples, self.num_steps + 1, *self.latent_shape)
-        device = generator.device if generator is not None else self.device
-        return torch.randn(shape, generator=generator, device=device, dtype=self.state_dtype).to(self.device)
+    def draw_noise(
+        self,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        rows: Iterable[int] | Tensor | None = None,
+    ) -> Tensor:
+        """All the randomness of a rollout: (num_samples, S + 1, *latent); [:, 0] starts it, [:, i + 1] is step i's.
+
+        rows: only these, what draw_noise(num_samples, generator)[rows] would be; the others are not drawn.
+        """
+        shape = (self.num_steps + 1, *self.latent_shape)
+        return row_noise("standard_normal", num_samples, shape, self.state_dtype, generator, rows).to(self.device)
 
     def model_output(self, states: Tensor, step: Tensor | int, condition: Condition, reference: bool = False) -> Tensor:
         """What the network says at `states`, guided: noise, v or x0 as the scheduler's prediction_type has it."""

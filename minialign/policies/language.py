@@ -12,7 +12,7 @@ it stand one position before it. Nothing is read from padding, so its content ca
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, sample_tokens, token_entropy, token_log_probs
+from minialign.policies.noise import row_noise
 from minialign.policies.trainable import Trainable
 
 
@@ -346,10 +347,18 @@ class LanguagePolicy(Trainable):
                 f"network's context of {self.context}: shorten one of them."
             )
 
-    def draw_noise(self, num_samples: int, num_tokens: int, generator: torch.Generator | None = None) -> Tensor:
-        """All the randomness of a generation: uniform (num_samples, num_tokens), one number a token, float64."""
-        device = generator.device if generator is not None else torch.device("cpu")
-        return torch.rand(num_samples, num_tokens, generator=generator, device=device, dtype=torch.float64)
+    def draw_noise(
+        self,
+        num_samples: int,
+        num_tokens: int,
+        generator: torch.Generator | None = None,
+        rows: Iterable[int] | Tensor | None = None,
+    ) -> Tensor:
+        """All the randomness of a generation: uniform (num_samples, num_tokens), one number a token, float64, CPU.
+
+        rows: only these, what draw_noise(num_samples, num_tokens, generator)[rows] would be; the others are not drawn.
+        """
+        return row_noise("random", num_samples, (num_tokens,), torch.float64, generator, rows)
 
     @torch.no_grad()
     def generate(
