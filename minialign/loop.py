@@ -1,12 +1,18 @@
-"""What every training loop needs and no paper is about: progress, history, checkpoints, several processes.
+"""What every training loop needs and no paper is about.
 
-A method's `train(...)` is a generator of `Step`s, so it can be watched, plotted, stopped or resumed from outside.
+    Run                  parameters, optimizer, random numbers, a round's rows and sums, costs, checkpoint
+    Step                 what a method reports of a round; `train(...)` is a generator of them
+    fit, watch, History  run one to its end, with a progress bar, and keep the numbers
+    own_rows, ...        several processes
+
+A method's train() reads from top to bottom like its paper and asks `Run` for the rest, which never calls it back.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +22,41 @@ from torch import Tensor, nn
 class Step:
     """What one iteration of a method reports. Metrics stay tensors until they are printed.
 
-    network_evaluations and reward_queries are totals since the start of training, the two axes on which methods are
-    compared; seconds is this iteration's wall time. checkpoint() gives all that resuming needs, as named tensors, valid
-    until the generator goes on.
+    costs: totals since the start of training, over all processes and resumes: `network_evaluations` and
+    `reward_queries`, the two axes on which methods are compared, and whatever else a paper counts (labels,
+    comparisons, environment steps). seconds is this iteration's wall time. checkpoint() gives all that resuming needs,
+    as named tensors, valid until the generator goes on.
     """
 
     number: int
     metrics: dict[str, Tensor | float]
-    network_evaluations: int
-    reward_queries: int
+    costs: dict[str, int]
     seconds: float
     checkpoint: Callable[[], dict[str, Tensor]] = field(repr=False)
 
+    @property
+    def network_evaluations(self) -> int:
+        return self.costs["network_evaluations"]
+
+    @property
+    def reward_queries(self) -> int:
+        return self.costs["reward_queries"]
+
     def row(self) -> dict[str, float | int]:
         """Everything as plain numbers: a line of metrics.csv."""
-        costs = {"network_evaluations": self.network_evaluations, "reward_queries": self.reward_queries}
-        return {"step": self.number, **{k: float(v) for k, v in self.metrics.items()}, **costs, "seconds": self.seconds}
+        metrics = {name: float(value) for name, value in self.metrics.items()}
+        return {"step": self.number, **metrics, **self.costs, "seconds": self.seconds}
 
 
 class History(list):
     """Rows of numbers, one an iteration; `history["reward"]` is a column, `history.plot()` a figure."""
 
     def __getitem__(self, key):
-        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        if not any(key in row for row in self):
+            raise KeyError(f"no column {key!r}; there are: {', '.join(dict.fromkeys(k for row in self for k in row))}.")
+        return [row.get(key, float("nan")) for row in self]  # a column may appear later
 
     def plot(self, metrics: tuple[str, ...] = ("reward",), x: str = "reward_queries", **kwargs):
         """Learning curves against `x`; draws with minialign.show.curves and returns the figure."""
@@ -69,10 +87,208 @@ def watch(steps: Iterable[Step], total: int | None = None, progress: bool = True
             yield step
 
 
-def timer() -> Callable[[], float]:
-    """A stopwatch, started now: call it for the seconds since."""
-    started = time.perf_counter()
-    return lambda: time.perf_counter() - started
+# -------------------------------------------------------------------------------- a run
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A round's rows: prompts of all of them, and which are this process's own.
+
+    drawn (n,): each row's place in the list of prompts; group (n,): which of the round's draws it belongs to.
+    """
+
+    prompts: list[Hashable]
+    drawn: Tensor
+    group: Tensor
+    own: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def own_prompts(self) -> list[Hashable]:
+        return [self.prompts[i] for i in self.own.tolist()]
+
+    def gather(self, own: Tensor) -> Tensor:
+        """This process's values (rows, ...) and those of the others as the round's (n, ...), on every process."""
+        return gather_rows(own, self.own, len(self))
+
+
+class Minibatch(NamedTuple):
+    """rows: this process's part, as places among its own rows; everyone: the round's rows (or pairs); share of it here.
+
+    share weighs a mean over `rows` so that the sum over processes is the mean over the minibatch.
+    """
+
+    rows: Tensor
+    everyone: Tensor
+    share: float
+
+
+class Run:
+    """One training run: what is trained, what is random, and the sums of a round.
+
+    optimizer: of the trainable parameters; its learning rates are the peak, `config.warmup_updates` (if there is one)
+    how many updates lead to it, and `config.max_grad_norm` the largest l2 norm of a gradient. generator: a CPU
+    torch.Generator, the run's only randomness (seed 0 if None). counts: what has a `network_evaluations`; what is
+    evaluated between two rounds, outside the method, is not charged. kept: what has tensors() and load(), saved with
+    the checkpoint under its name; a reward that has a state is kept like that, one that has none is left alone.
+    resume: an earlier run's checkpoint, from `Step.checkpoint`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator | None = None,
+        resume: Mapping[str, Tensor] | None = None,
+        counts: Sequence[Any] = (),
+        **kept: Any,
+    ):
+        self.config, self.optimizer, self.counts = config, optimizer, list(counts)
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.device = self.parameters[0].device
+        self.kept = {name: value for name, value in kept.items() if hasattr(value, "tensors")}
+        self.done = self.updates = 0
+        self.costs = {"network_evaluations": 0, "reward_queries": 0}
+        self._peak = [group["lr"] for group in optimizer.param_groups]
+        self._names: list[str] = []
+        if resume is not None:
+            self._load(resume)
+
+    def rounds(self, total: int | None = None) -> Iterator[int]:
+        """Numbers of the rounds that are left, up to config.num_iterations (or total); each starts its sums anew."""
+        while self.done < (self.config.num_iterations if total is None else total):
+            self._started, self._evaluated = time.perf_counter(), self._evaluations()
+            self._infos, self._norms = [], []
+            yield self.done
+
+    def draw(self, prompts: Sequence[Hashable], num_prompts: int, group_size: int = 1, unit: int = 1) -> Batch:
+        """A round of num_prompts prompts, drawn with replacement, group_size rows each, side by side.
+
+        Processes take turns with `unit` rows at a time: those that must stay on one of them.
+        """
+        drawn = torch.randint(len(prompts), (num_prompts,), generator=self.generator)
+        drawn = drawn.repeat_interleave(group_size).to(self.device)
+        group = torch.arange(num_prompts, device=self.device).repeat_interleave(group_size)
+        own = (
+            own_rows(len(drawn) // unit, self.device).unsqueeze(1) * unit + torch.arange(unit).to(self.device)
+        ).flatten()
+        return Batch([prompts[i] for i in drawn.tolist()], drawn, group, own)
+
+    def minibatches(self, items: int | Tensor, num_minibatches: int, own: Tensor) -> list[Minibatch]:
+        """Shuffles rows 0 to items - 1, or given rows (m,) or groups of rows (m, w), and cuts them into equal parts.
+
+        own: the rows of this process, ascending. A part's `rows` are (k,) or (k, w), in ascending order; parts without
+        any item, if there are too few, are left out.
+        """
+        items = torch.arange(items, device=own.device) if isinstance(items, int) else items
+        shuffled = items[torch.randperm(len(items), generator=self.generator).to(items.device)]
+        parts = []
+        for part in shuffled.tensor_split(num_minibatches):
+            first = part if part.ndim == 1 else part[:, 0]
+            mine = part[torch.isin(first, own)]
+            if len(part):
+                rows = torch.searchsorted(own, mine)
+                order = rows.argsort() if rows.ndim == 1 else rows[:, 0].argsort()
+                parts.append(Minibatch(rows[order], part, len(mine) / len(part)))
+        return parts
+
+    def backward(self, loss: Tensor, info: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        """Adds the gradient of weight * loss, and weight * info to the round's metrics.
+
+        The weights of all parts of an update, on all processes, sum to 1: then metrics are means over the round, and
+        neither they nor the gradient depend on how the work was cut.
+        """
+        (weight * loss).backward()
+        self._infos.append({name: weight * value.detach().float() for name, value in info.items()})
+
+    def update(self, scale: float = 1.0) -> None:
+        """One optimizer step with the gradients of all processes; scale: of the learning rate, beside the warm-up.
+
+        Raises FloatingPointError if the gradient is not finite, before any weight has moved.
+        """
+        sum_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if not norm.isfinite():
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"the gradient of update {self.updates + 1} is not finite. {_likeliest(self)}")
+        self.updates += 1
+        warm = min(1, self.updates / max(1, getattr(self.config, "warmup_updates", 0)))
+        for group, peak in zip(self.optimizer.param_groups, self._peak, strict=True):
+            group["lr"] = peak * scale * warm
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._norms.append(norm)
+
+    def step(self, metrics: Mapping[str, Tensor | float], **costs: int) -> Step:
+        """The round's report: means of what `backward` was told, then `metrics`, gradient norm and learning rate.
+
+        costs: of this round, on all processes together; network evaluations are counted here.
+        """
+        here = torch.tensor(self._evaluations() - self._evaluated, device=self.device)
+        costs["network_evaluations"] = int(sum_over_processes(here))
+        for name, spent in costs.items():
+            self.costs[name] = self.costs.get(name, 0) + spent
+        means = self._means()
+        norms = torch.stack(self._norms or [torch.zeros((), device=self.device)])
+        rate = self.optimizer.param_groups[0]["lr"]
+        means |= dict(metrics) | {"grad_norm": norms.mean(), "learning_rate": rate}
+        self.done += 1
+        lap = time.perf_counter() - self._started
+        return Step(self.done - 1, means, dict(self.costs), lap, self.tensors)
+
+    def _means(self) -> dict[str, Tensor]:
+        """Weighted sums of the round over all processes, a mean over its updates. Some may have had no part in it."""
+        here = list(dict.fromkeys([*self._names, *(name for info in self._infos for name in info)]))
+        self._names = names_everywhere(here)
+        if not self._names:
+            return {}
+        zero = torch.zeros((), device=self.device)
+        sums = [torch.stack([zero, *(info[n] for info in self._infos if n in info)]).sum() for n in self._names]
+        means = sum_over_processes(torch.stack(sums)) / max(1, len(self._norms))
+        return dict(zip(self._names, means, strict=True))
+
+    def _evaluations(self) -> int:
+        return sum(policy.network_evaluations for policy in self.counts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint: copies of weights, optimizer moments and random state, counts, and what is kept."""
+        tensors = pack(self.parameters, self.optimizer, self.generator, number=self.done, updates=self.updates)
+        tensors |= {f"cost.{name}": torch.tensor(total) for name, total in self.costs.items()}
+        for name, value in self.kept.items():
+            tensors |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in value.tensors().items()}
+        return tensors
+
+    def _load(self, resume: Mapping[str, Tensor]) -> None:
+        counts = unpack(resume, self.parameters, self.optimizer, self.generator)
+        self.done, self.updates = counts["number"], counts["updates"]
+        self.costs |= within(resume, "cost", int)
+        for name, value in self.kept.items():
+            value.load(within(resume, name))
+
+
+def reward_metrics(rewards: Tensor) -> dict[str, Tensor]:
+    """Mean and population std of a round's rewards."""
+    return {"reward": rewards.mean(), "reward_std": rewards.std(correction=0)}
+
+
+def within(tensors: Mapping[str, Tensor], name: str, convert: Callable = lambda tensor: tensor) -> dict[str, Any]:
+    """What a checkpoint holds under `name.`."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): convert(value) for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _likeliest(run: Run) -> str:
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in run.parameters)
+    if half:
+        return "What trains is in half precision: keep it in float32 (policy.add_lora() does)."
+    rate = max(run._peak)
+    return (
+        f"The likeliest cause is the learning rate, {rate:g}: try {rate / 10:g}, or a lower max_grad_norm; next, a "
+        "reward whose gradient is not finite, or a base model in float16 (bfloat16 does not overflow)."
+    )
 
 
 # -------------------------------------------------------------------------------- checkpoints: named tensors, no pickle
@@ -122,7 +338,7 @@ def load_checkpoint(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-# -------------------------------------------------------------------------------- several processes (accelerate launch)
+# -------------------------------------------------------------------------------- several processes
 # Every process draws the same prompts, noise and minibatches from the same seed, and works on its own rows. Sums
 # over processes then give what one process gives with the same global batch.
 
@@ -135,10 +351,34 @@ def own_rows(num_rows: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(state.process_index, num_rows, state.num_processes, device=device)
 
 
+def num_processes() -> int:
+    from accelerate import PartialState
+
+    return PartialState().num_processes
+
+
 def gather_rows(own: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Each process's values (len(rows), ...) put together as the global batch (num_rows, ...), on every process."""
-    full = torch.zeros((num_rows, *own.shape[1:]), dtype=own.dtype, device=own.device)
-    return sum_over_processes(full.index_copy(0, rows.to(own.device), own))
+    """Each process's values (len(rows), ...) put together as the global batch (num_rows, ...), on every process.
+
+    Gradients flow into this process's rows; summed over processes they are those of one process with the whole batch.
+    """
+    rows, full = rows.to(own.device), torch.zeros((num_rows, *own.shape[1:]), dtype=own.dtype, device=own.device)
+    full = sum_over_processes(full.index_copy(0, rows, own.detach()))
+    return full.index_copy(0, rows, own) if own.requires_grad else full
+
+
+def gather_everything(own: Tensor) -> Tensor:
+    """The rows of all processes, one after another, on every process; they may have different numbers of them."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return own
+    counts = torch.zeros(state.num_processes, dtype=torch.long, device=own.device)
+    counts[state.process_index] = len(own)
+    ends = sum_over_processes(counts).cumsum(0)
+    last = int(ends[state.process_index])
+    return gather_rows(own, torch.arange(last - len(own), last), int(ends[-1]))
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
@@ -149,11 +389,15 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def sum_parts(infos: list[dict[str, Tensor]], names: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
-    """{name: its sum over the parts that a round's update was made of, on all processes}. Some may have had no part."""
-    zero = {name: torch.zeros((), device=device) for name in names}
-    sums = torch.stack([torch.stack([info[name].float() for info in [zero, *infos]]).sum() for name in names])
-    return dict(zip(names, sum_over_processes(sums), strict=True))
+def names_everywhere(names: list[str]) -> list[str]:
+    """The names that any process knows, in one order on all of them."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return names
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, names)
+    return list(dict.fromkeys(name for some in everywhere for name in some))
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
@@ -165,4 +409,4 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = sum_over_processes(torch.cat([g.flatten() for g in gradients]))
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = gradient.view_as(p)
+        p.grad = gradient.view_as(p).to(p.dtype)

@@ -9,6 +9,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import get_type_hints
+
+from minialign.settings import Count, Natural, NonNegative, parse
 
 METHODS = ("ddpo", "b2diffurl", "rlcm", "rwr", "ppo")
 
@@ -88,25 +91,27 @@ def nearest(kind: str, name: str, known) -> str:
 # -------------------------------------------------------------------------------- settings
 
 
-def parse_value(field: str, text: str, default, annotation):
-    """`text` as the type of the field's default (or annotation, where that is None)."""
-    if text.lower() in ("none", "null") and "None" in str(annotation):
-        return None
-    kind = float if default is None else type(default)
+# How a world's policy is sampled and what it trains; the methods' own settings check themselves.
+WORLD_SETTINGS = {
+    "num_steps": Count,
+    "eta": NonNegative,
+    "guidance_scale": NonNegative,
+    "lora_rank": Natural,
+}
+
+
+def parse_value(field: str, text: str, annotation):
+    """`text` as what the field holds. Raises UserError."""
     try:
-        if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise UserError(
-            f"--set {field}={text}: expected {'true or false' if kind is bool else kind.__name__}."
-        ) from None
+        return parse(text, annotation)
+    except ValueError as error:
+        raise UserError(f"--set {field}={text}: {error}") from None
 
 
 def settings(method: str, world: str, assignments: list[str], steps: int | None) -> tuple[dict, object]:
     """(world settings, the method's Config) from the recipe and the user's --set and --steps. Raises UserError."""
     module = importlib.import_module(f"minialign.methods.{method}")
-    fields = {f.name: f for f in dataclasses.fields(module.Config)}
+    fields = get_type_hints(module.Config, include_extras=True)
     world_settings = dict(eta=1.0, guidance_scale=1.0, lora_rank=16) | WORLDS[world]
     if method in LANGUAGE:
         world_settings = dict(WORLDS[world])
@@ -118,14 +123,17 @@ def settings(method: str, world: str, assignments: list[str], steps: int | None)
         if not separator:
             raise UserError(f"--set {assignment}: expected field=value.")
         if name in fields:
-            chosen[name] = parse_value(name, text, fields[name].default, fields[name].type)
+            chosen[name] = parse_value(name, text, fields[name])
         elif name in world_settings:
-            world_settings[name] = parse_value(name, text, world_settings[name], None)
+            world_settings[name] = parse_value(name, text, WORLD_SETTINGS[name])
         else:
             raise UserError(nearest("field", name, [*fields, *world_settings]))
     if steps is not None:
         chosen["num_iterations"] = steps
-    return world_settings, module.Config(**chosen)
+    try:
+        return world_settings, module.Config(**chosen)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_world(name: str, world_settings: dict, method: str = "ddpo"):
@@ -307,7 +315,8 @@ def free_folder(stem: str) -> Path:
 def write_metrics(rows: list[dict], path: Path) -> None:
     partial = path.with_suffix(".partial")
     with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        columns = dict.fromkeys(name for row in rows for name in row)  # some appear later
+        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(path)
@@ -315,7 +324,7 @@ def write_metrics(rows: list[dict], path: Path) -> None:
 
 def read_metrics(path: Path) -> list[dict]:
     with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
 
 def prepare(args) -> dict:

@@ -38,7 +38,16 @@ from minialign.kernels.language import (
     token_log_probs,
     token_rewards,
 )
-from minialign.kernels.policy_gradient import clipped_surrogate, group_advantages, kl_k1, kl_k2, kl_k3, whiten
+from minialign.kernels.policy_gradient import (
+    clipped_surrogate,
+    group_advantages,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    means,
+    weighted_sums,
+    whiten,
+)
 
 __all__ = [
     "StepOut",
@@ -71,6 +80,7 @@ __all__ = [
     "lcm_timesteps",
     "masked_mean",
     "masked_whiten",
+    "means",
     "predict",
     "prediction_target",
     "sample_tokens",
@@ -78,5 +88,6 @@ __all__ = [
     "token_entropy",
     "token_log_probs",
     "token_rewards",
+    "weighted_sums",
     "whiten",
 ]

@@ -36,23 +36,43 @@ def group_advantages(
 
 
 def clipped_surrogate(
-    log_prob: Float[Tensor, "n"],
-    log_prob_old: Float[Tensor, "n"],
-    advantages: Float[Tensor, "n"],
-    clip_range: float,
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """PPO's pessimistic surrogate (Schulman et al., 2017, arXiv 1707.06347, eq. 7), as a loss to minimise.
+    log_prob: Float[Tensor, "*any"],
+    log_prob_old: Float[Tensor, "*any"],
+    advantages: Float[Tensor, "*any"],
+    clip_range: float | int,
+) -> tuple[Float[Tensor, "*any"], dict[str, Float[Tensor, "*any"]]]:
+    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) with rho = exp(log_prob - log_prob_old): PPO's pessimistic surrogate
+    (Schulman et al., 2017, arXiv 1707.06347, eq. 7) as a loss to minimise, an element each, and what is worth knowing
+    of each: `approx_kl` (k3 of KL(old || new), nats) and `clip_fraction` (1 where the ratio lies outside).
 
-    Limits: at log_prob == log_prob_old the loss is -mean(advantages), its gradient -mean(advantages * grad log_prob).
-    The gradient vanishes only where going on would pay: ratio > 1 + clip_range and advantage > 0, or the mirror image.
+    Masks, weights and means stand with the caller. Limits: at log_prob == log_prob_old the loss is -A, its gradient
+    -A grad log_prob. The gradient vanishes only where going on would pay: ratio > 1 + eps and A > 0, or the mirror
+    image. Raises ValueError for shapes that would have to be broadcast.
     """
-    log_ratio = log_prob - log_prob_old
+    if not log_prob.shape == log_prob_old.shape == advantages.shape:
+        raise ValueError(
+            f"log_prob is {tuple(log_prob.shape)}, log_prob_old {tuple(log_prob_old.shape)}, advantages "
+            f"{tuple(advantages.shape)}: expected one shape; broadcast on purpose, with expand."
+        )
+    log_ratio = at_least_float32(log_prob) - at_least_float32(log_prob_old)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
     with torch.no_grad():
-        info = {"approx_kl": kl_k3(-log_ratio).mean(), "clip_fraction": (ratio != clipped).to(ratio.dtype).mean()}
+        info = {"approx_kl": kl_k3(-log_ratio), "clip_fraction": (ratio != clipped).to(ratio.dtype)}
     return loss, info
+
+
+def weighted_sums(
+    values: dict[str, Float[Tensor, "*any"]], weight: Float[Tensor, "*any"]
+) -> dict[str, Float[Tensor, ""]]:
+    """{name: sum of weight * value}: a mean, where the weights sum to 1."""
+    return {name: (weight * value).sum() for name, value in values.items()}
+
+
+def means(values: dict[str, Float[Tensor, "*any"]]) -> dict[str, Float[Tensor, ""]]:
+    """{name: mean over all elements}."""
+    return {name: value.mean() for name, value in values.items()}
 
 
 def kl_k1(log_ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:

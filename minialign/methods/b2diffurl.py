@@ -5,11 +5,13 @@ data are collected share the credit out better. Backward progressive training: t
 let the window grow towards the noise. Branch-based sampling: grow `num_branches` continuations from one prefix, so that
 they differ only in what the window did, and train on the best and the worst of each branch.
 
-    window of stage k, from the authors' script      progressive_window
-    one prefix, b continuations                      branch_rollout: (S - w) + b w network evaluations, not b S
-    z-score of a prompt over the last stages         HistoryZScore
-    best and worst of a branch, with thresholds      select_extremes
-    DDPO's clipped loss, or best against worst       objective_loss, pairwise_loss
+    w_k = first + floor(k (last - first + 1) / stages), the last w_k steps are trained   progressive_window
+    one prefix, b continuations: (S - w) + b w network evaluations, not b S             branch_rollout
+    z = (R - mean_c) / (std_c + 1e-8), over a prompt's last stages                       history_zscore
+    best of a branch if z >= .5, worst if z < -.5                                        select_extremes
+    max(-z rho, -z clip(rho, 1 - eps, 1 + eps)), DDPO's loss                             objective_loss
+    z_i - mean of the other branches, advantage="branch"                                 branch_advantage
+    -log sigmoid(beta (log rho_best - log rho_worst)), objective="pairwise"              pairwise_loss
 
 As in the authors' code: the branch only chooses the images, their advantage is the prompt's z-score, which still holds
 the luck of the prefix. As in the abstract: branches are compared with each other, advantage="branch". It is an unbiased
@@ -19,9 +21,9 @@ may start anywhere (the authors' 14 of 20 steps is no "backward from the end", a
 chapter 11). Without branching or thresholds this is DDPO, the same numbers from the same trajectories.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange, repeat
@@ -29,39 +31,41 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from minialign.kernels import at_least_float32, clipped_surrogate
-from minialign.loop import Step, gather_rows, own_rows, pack, sum_gradients, sum_over_processes, timer, unpack
-from minialign.methods.ddpo import default_clip_range
+from minialign.kernels import at_least_float32, clipped_surrogate, means
+from minialign.loop import Run, Step, reward_metrics
+from minialign.methods.ddpo import clip_range_of
 from minialign.policies.base import Trajectory
 from minialign.rewards import checked
+from minialign.settings import Count, Limit, Natural, NonNegative, Number, Positive, Settings
+from minialign.statistics import Statistics
 
 
 @dataclass(frozen=True)
-class Config:
-    num_iterations: int = 100  # stages of: branch, score, select, update; the window's schedule is spread over them
-    num_prompts: int = 256  # prompts drawn per stage, over all processes, each the root of one group of branches
-    num_branches: int = 5  # continuations of one prefix
+class Config(Settings):
+    num_iterations: Count = 100  # stages of: branch, score, select, update; the window's schedule is spread over them
+    num_prompts: Count = 256  # prompts drawn per stage, over all processes, each the root of one group of branches
+    num_branches: Count = 5  # continuations of one prefix
     backward_progressive: bool = True  # False: every stage trains all steps, and branches share only the first noise
     branch_sampling: bool = True  # False: the same number of independent trajectories, and trains on all of them
-    first_window: int = 14  # trained last steps at the first stage (authors: 14 of 20)
-    last_window: int | None = None  # at the last stages; None: all steps
-    advantage: str = "global"  # "global": z-score of the prompt (authors' code); "branch": less its branch's mean
-    select: str = "extremes"  # "extremes": best and worst of a branch, past the thresholds; "all"
-    positive_threshold: float = 0.5  # the best is kept from here up; of z, or of the branch-relative z
-    negative_threshold: float = -0.5  # the worst is kept below
-    history_stages: int = 8  # earlier stages whose rewards enter a prompt's mean and std, beside the current one
-    objective: str = "clip"  # "clip": DDPO's clipped surrogate; "pairwise": best against worst (with "extremes")
-    pair_beta: float = 1.0  # "pairwise": how soon a pair counts as won, per nat (or nat an element) of log-ratio
-    num_minibatches: int = 4  # optimizer steps per pass over the kept images
-    num_epochs: int = 2  # passes over the kept images
-    steps_per_pass: int = 4  # denoising steps per network call: memory against speed, never the result
-    reduction: str = "mean"  # of log-probabilities over the latent's D elements
-    clip_range: float | None = None  # on the ratio; None: ddpo.default_clip_range (authors: .1 at D = 16,384: no clip)
-    advantage_clip: float = 5.0  # in standard deviations
-    learning_rate: float = 1e-4  # AdamW, LoRA
-    warmup_updates: int = 0  # over which the learning rate rises
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0  # l2
+    first_window: Count = 14  # trained last steps at the first stage (authors: 14 of 20)
+    last_window: Count | None = None  # at the last stages; None: all steps
+    advantage: Literal["global", "branch"] = "global"  # z of the prompt (authors' code); less its branch's mean
+    select: Literal["extremes", "all"] = "extremes"  # best and worst of a branch, past the thresholds
+    positive_threshold: Number = 0.5  # the best is kept from here up; of z, or of the branch-relative z
+    negative_threshold: Number = -0.5  # the worst is kept below
+    history_stages: Natural = 8  # earlier stages whose rewards enter a prompt's mean and std, beside the current one
+    objective: Literal["clip", "pairwise"] = "clip"  # DDPO's clipped surrogate; best against worst (with "extremes")
+    pair_beta: Positive = 1.0  # "pairwise": how soon a pair counts as won, per nat (or nat an element) of log-ratio
+    num_minibatches: Count = 4  # optimizer steps per pass over the kept images
+    num_epochs: Count = 2  # passes over the kept images
+    steps_per_pass: Count = 4  # denoising steps per network call: memory against speed, never the result
+    reduction: Literal["mean", "sum"] = "mean"  # of log-probabilities over the latent's D elements
+    clip_range: Limit | None = None  # on the ratio; None: ddpo.default_clip_range (authors: .1 at D = 16,384: no clip)
+    advantage_clip: Limit = 5.0  # in standard deviations
+    learning_rate: Positive = 1e-4  # AdamW, LoRA
+    warmup_updates: Natural = 0  # over which the learning rate rises
+    weight_decay: NonNegative = 1e-4
+    max_grad_norm: Limit = 1.0  # l2
 
 
 def progressive_window(stage: int, num_stages: int, first: int, last: int) -> int:
@@ -84,36 +88,14 @@ def branch_rollout(
     return policy.rollout(condition[rows], noise, states=states, first=split, reduction=reduction)
 
 
-class HistoryZScore:
+def history_zscore(statistics: Statistics, prompts: list, rewards: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """(R - mean) / (std + 1e-8) of each prompt's rewards, over this stage and up to `history_stages` before it.
 
     Unbiased std, as in the authors' code (a prompt seen once has none, and gets 0). A prompt need not come every stage;
     what ages is the stage.
     """
-
-    def __init__(self, prompts: list[str], history_stages: int):
-        self.index = {prompt: i for i, prompt in enumerate(prompts)}
-        self.stages = deque(maxlen=history_stages + 1)
-
-    def update(self, prompts: list[str], rewards: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-        index = torch.tensor([self.index[prompt] for prompt in prompts])
-        self.stages.append((index, rewards.double().cpu()))
-        held_index, held = (torch.cat(parts) for parts in zip(*self.stages, strict=True))
-        z = torch.zeros(len(prompts), dtype=torch.float64)
-        for i in index.unique():
-            values, mine = held[held_index == i], index == i
-            shifted = values - values[0]  # equal rewards are then exact zeros; rounding would survive the division
-            if len(values) > 1:
-                z[mine] = (self.stages[-1][1][mine] - values[0] - shifted.mean()) / (shifted.std() + 1e-8)
-        return z.to(rewards)
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {f"history.{i}.prompt": index for i, (index, _) in enumerate(self.stages)}
-        return named | {f"history.{i}.reward": rewards for i, (_, rewards) in enumerate(self.stages)}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        count = sum(name.startswith("history.") for name in tensors) // 2
-        self.stages.extend((tensors[f"history.{i}.prompt"], tensors[f"history.{i}.reward"]) for i in range(count))
+    held = statistics.update(prompts, rewards)
+    return ((rewards.cpu().double() - held.mean) / (held.unbiased_std + 1e-8)).to(rewards)
 
 
 def branch_advantage(z: Float[Tensor, "g b"]) -> Float[Tensor, "g b"]:
@@ -146,6 +128,17 @@ def best_and_worst(score: Float[Tensor, "g b"], keep: Bool[Tensor, "g b"]) -> In
     return (first + pairs)[keep.gather(1, pairs).all(1)]
 
 
+def chosen_images(
+    z: Float[Tensor, "g b"], config: Config
+) -> tuple[Float[Tensor, "g b"], Int[Tensor, "m w"], Bool[Tensor, "g b"]]:
+    """(advantages, rows g b + branch to train on, (m, 1), or best and worst, (m, 2), which images were kept)."""
+    z = branch_advantage(z) if config.advantage == "branch" else z
+    keep = torch.ones_like(z, dtype=torch.bool)
+    if config.branch_sampling and config.select == "extremes":
+        keep = select_extremes(z, config.positive_threshold, config.negative_threshold)
+    return z, best_and_worst(z, keep) if config.objective == "pairwise" else keep.flatten().nonzero(), keep
+
+
 def pairwise_loss(
     log_ratio_chosen: Float[Tensor, "n"], log_ratio_rejected: Float[Tensor, "n"], beta: float | int
 ) -> Float[Tensor, ""]:
@@ -170,24 +163,11 @@ def objective_loss(policy, traj, rows: Tensor, places: Tensor, advantages: Tenso
     if config.objective == "pairwise":
         log_ratio = rearrange(out.log_prob - batch.log_prob_old, "(n pair k) -> pair (n k)", n=len(rows), pair=width)
         loss = pairwise_loss(*log_ratio, config.pair_beta)
-    return loss, info
+    return loss.mean(), means(info)
 
 
-def check(policy, prompts: list[str], config: Config) -> None:
+def check(policy, prompts: list, config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
-    for name, allowed in {
-        "advantage": ("global", "branch"),
-        "select": ("extremes", "all"),
-        "objective": ("clip", "pairwise"),
-        "reduction": ("mean", "sum"),
-    }.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
-    for name in (
-        "num_iterations", "num_prompts", "num_branches", "num_minibatches", "num_epochs", "steps_per_pass",
-    ):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
     last = policy.num_actions if config.last_window is None else config.last_window
     if config.backward_progressive and not 1 <= config.first_window <= last <= policy.num_actions:
         raise ValueError(
@@ -210,97 +190,35 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     """Trains `policy` in place on `reward`, prompts drawn from `prompts`; yields a `Step` a stage.
 
     generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint.
-    Under `accelerate launch` each process grows and differentiates its own share of every stage's branches.
+    Under `torchrun` each process grows and differentiates its own share of every stage's branches.
     """
     check(policy, prompts, config)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    parameters = policy.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    history = HistoryZScore(list(prompts), config.history_stages)
-    num_elements = torch.Size(policy.latent_shape).numel()
-    clip_range = default_clip_range(num_elements, config.reduction) if config.clip_range is None else config.clip_range
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    history = Statistics(rounds=config.history_stages + 1)
+    run = Run(config, optimizer, generator, resume, [policy], history=history, reward=reward)
+    clip_range = clip_range_of(policy, config)
     last_window = policy.num_actions if config.last_window is None else config.last_window
     b = config.num_branches if config.branch_sampling else 1
-    batch_size = config.num_prompts * config.num_branches
-    start = updates = 0
-    if resume is not None:
-        counts = unpack(resume, parameters, optimizer, generator)
-        start, updates, policy.network_evaluations = (counts[k] for k in ("number", "updates", "network_evaluations"))
-        history.load(resume)
-    own_groups = own_rows(batch_size // b, policy.device)
-    own = (own_groups.unsqueeze(1) * b + torch.arange(b, device=policy.device)).flatten()
-
-    for number in range(start, config.num_iterations):
-        lap = timer()
+    for number in run.rounds():
         window = policy.num_actions
         if config.backward_progressive:
             window = progressive_window(number, config.num_iterations, config.first_window, last_window)
-        drawn = torch.randint(len(prompts), (batch_size // b,), generator=generator).tolist()
-        batch = [prompts[i] for i in drawn for _ in range(b)]
+        batch = run.draw(prompts, config.num_prompts * config.num_branches // b, b, unit=b)
         with torch.no_grad():
-            noise = policy.draw_noise(batch_size, generator)[own]
-            roots = [prompts[drawn[g]] for g in own_groups.tolist()]
-            traj = branch_rollout(policy, roots, noise, window, b, config.reduction)
-            own_prompts = [batch[i] for i in own.tolist()]
-            rewards = gather_rows(checked(reward, policy.decode(traj.final), own_prompts), own, batch_size)
-            z = rearrange(history.update(batch, rewards), "(g b) -> g b", b=b)
-            z = branch_advantage(z) if config.advantage == "branch" else z
-            keep = torch.ones_like(z, dtype=torch.bool)
-            if config.branch_sampling and config.select == "extremes":
-                keep = select_extremes(z, config.positive_threshold, config.negative_threshold)
-            advantages = z.clamp(-config.advantage_clip, config.advantage_clip).flatten()[own]
-            kept = best_and_worst(z, keep) if config.objective == "pairwise" else keep.flatten().nonzero()
+            noise = policy.draw_noise(len(batch), run.generator)[batch.own]
+            traj = branch_rollout(policy, batch.own_prompts[::b], noise, window, b, config.reduction)
+            rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
+            z = rearrange(history_zscore(history, batch.prompts, rewards), "(g b) -> g b", b=b)
+            z, kept, keep = chosen_images(z, config)
+            advantages = z.clamp(-config.advantage_clip, config.advantage_clip).flatten()[batch.own]
 
-        infos, norms = [], []
         for _ in range(config.num_epochs):
-            shuffled = kept[torch.randperm(len(kept), generator=generator).to(kept.device)]
-            for minibatch in shuffled.tensor_split(config.num_minibatches):
-                if not len(minibatch):  # few images kept
-                    continue
-                mine = minibatch[torch.isin(minibatch[:, 0], own)]
-                rows = torch.searchsorted(own, mine)  # where this process holds them
-                share = len(mine) / len(minibatch)  # this process's weight in the mean over the global minibatch
-                for places in (
-                    torch.arange(window, device=policy.device).split(config.steps_per_pass) if len(mine) else ()
-                ):
-                    places = places.expand(len(rows), -1)
-                    loss, info = objective_loss(policy, traj, rows, places, advantages, clip_range, config)
-                    (loss * share * places.shape[1] / window).backward()
-                    infos.append(info)
-                sum_gradients(parameters)
-                norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-                updates += 1
-                optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, updates / max(1, config.warmup_updates))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            for mini in run.minibatches(kept, config.num_minibatches, batch.own):
+                places = torch.arange(window, device=policy.device).expand(len(mini.rows), -1)
+                for part in places.split(config.steps_per_pass, 1) if len(mini.rows) else ():
+                    loss, info = objective_loss(policy, traj, mini.rows, part, advantages, clip_range, config)
+                    run.backward(loss, info, mini.share * part.shape[1] / window)
+                run.update()
 
-        zero = [rewards.new_zeros(())]  # a stage that keeps nothing, or nothing of this process, moves nothing
-        metrics = {
-            "reward": rewards.mean(),
-            "reward_std": rewards.std(correction=0),
-            "window": float(window),
-            "kept_positive": (keep & (z > 0)).sum(),
-            "kept_negative": (keep & (z <= 0)).sum(),
-            "clip_fraction": torch.stack([info["clip_fraction"] for info in infos] or zero).mean(),
-            "approx_kl": torch.stack([info["approx_kl"] for info in infos] or zero).mean(),
-            "grad_norm": torch.stack(norms or zero).mean(),
-        }
-        evaluations = int(sum_over_processes(torch.tensor(policy.network_evaluations, device=policy.device)))
-        yield Step(
-            number,
-            metrics,
-            evaluations,
-            (number + 1) * batch_size,
-            lap(),
-            lambda done=number + 1, updates=updates: (
-                pack(
-                    parameters,
-                    optimizer,
-                    generator,
-                    number=done,
-                    updates=updates,
-                    network_evaluations=policy.network_evaluations,
-                )
-                | history.tensors()
-            ),
-        )
+        counts = {"kept_positive": (keep & (z > 0)).sum(), "kept_negative": (keep & (z <= 0)).sum()}
+        yield run.step(reward_metrics(rewards) | {"window": window} | counts, reward_queries=len(batch))

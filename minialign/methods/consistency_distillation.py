@@ -5,10 +5,11 @@ A diffusion model's probability-flow ODE carries each noisy point to one clean p
 one step of the ODE with the frozen teacher must not change its answer. With f(x, 0) = x the answers are tied to the
 data; without that boundary, or with the target's time wrong, any constant would do.
 
-    x_t = sqrt(a) x_0 + sqrt(1 - a) noise, t on the solver's grid       solver_grid, of the LCMScheduler
-    guided teacher, e_u + g (e_c - e_u), g ~ U                          guided_condition
-    x_{t'}: one DDIM step of the teacher, eta = 0                       ddim_jump
-    f_theta(x_t, t) against f_ema(x_{t'}, t'), no gradient              distillation_loss
+    x_t = sqrt(a) x_0 + sqrt(1 - a) noise, t on the solver's grid                      solver_grid, of the LCMScheduler
+    e_u + g (e_c - e_u), g ~ U(low, high): the guided teacher                          guided_condition
+    x_{t'} = sqrt(a') x_0_hat + sqrt(1 - a') noise_hat: one DDIM step of the teacher   ddim_jump
+    d(f_theta(x_t, t), f_ema(x_{t'}, t')), no gradient in the second                   distillation_loss
+    theta_ema <- decay theta_ema + (1 - decay) theta                                   EMA
 
 As in diffusers' training script: the DDIM step goes from timestep to timestep without correction, and the grid's last
 step ends at timestep 0. As in neither code nor paper: guidance ranges are given in diffusers' convention g (the papers'
@@ -19,26 +20,28 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, expand_as, predict
-from minialign.loop import Step, pack, timer, unpack
+from minialign.loop import Run, Step, own_rows
+from minialign.settings import Count, Fraction, Limit, NonNegative, Number, Positive, Settings
 
 
 @dataclass(frozen=True)
-class Config:
-    num_iterations: int = 4000  # optimizer steps
-    batch_size: int = 256
-    metric: str = "l2"  # "l2": squared error, mean over elements; "huber": sqrt(d^2 + c^2) - c
-    huber_c: float = 0.001
-    guidance_range: tuple[float, float] = (1.0, 1.0)  # of g, drawn for each sample; needs a guided teacher
-    ema_decay: float = 0.95  # of the target network
-    learning_rate: float = 2e-3  # AdamW, cosine to zero (LCM: 1e-4, constant)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # l2
+class Config(Settings):
+    num_iterations: Count = 4000  # optimizer steps
+    batch_size: Count = 256
+    metric: Literal["l2", "huber"] = "l2"  # squared error, mean over elements; sqrt(d^2 + c^2) - c
+    huber_c: Positive = 0.001
+    guidance_range: tuple[Number, Number] = (1.0, 1.0)  # of g, drawn for each sample; needs a guided teacher
+    ema_decay: Fraction = 0.95  # of the target network
+    learning_rate: Positive = 2e-3  # AdamW, cosine to zero (LCM: 1e-4, constant)
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Limit = 1.0  # l2
 
 
 def solver_grid(solver_steps: int, num_train_timesteps: int = 1000) -> tuple[Tensor, Tensor]:
@@ -74,35 +77,51 @@ def distance(
     return squared.mean() if metric == "l2" else ((squared + huber_c**2).sqrt() - huber_c).mean()
 
 
-@torch.no_grad()
-def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
-    """target <- decay target + (1 - decay) student, all weights at once; buffers do not change."""
-    targets, students = list(target.parameters()), [p.detach() for p in student.parameters()]
-    torch._foreach_lerp_(targets, students, 1 - decay)
+class EMA:
+    """A copy of a policy whose weights follow it: an exponential moving average, saved with the run."""
+
+    def __init__(self, policy, decay: float):
+        self.policy, self.decay = copy.copy(policy), decay
+        self.policy.network = copy.deepcopy(policy.network).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        """All weights at once; buffers do not change."""
+        targets, students = list(self.policy.network.parameters()), [p.detach() for p in student.parameters()]
+        torch._foreach_lerp_(targets, students, 1 - self.decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}": p.detach() for i, p in enumerate(self.policy.network.parameters())}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for i, p in enumerate(self.policy.network.parameters()):
+            p.data.copy_(tensors[f"{i}"])
 
 
-def guided_condition(policy, teacher, prompts: list[str], config: Config, generator: torch.Generator):
-    """(the student's condition, the teacher's, g): g (n,) drawn from the range, None if the range is no guidance."""
+def guided_condition(policy, teacher, prompts: list, own: Tensor, config: Config, generator: torch.Generator):
+    """(the student's condition, the teacher's, g) of rows `own`: g drawn from the range, None if that is (1, 1)."""
     low, high = config.guidance_range
-    condition = policy.encode(prompts)
+    own_prompts = [prompts[i] for i in own.tolist()]
+    condition = policy.encode(own_prompts)
     if low == high == 1:
-        return condition, teacher.encode(prompts, guided=False), None
-    scale = low + (high - low) * torch.rand(len(prompts), generator=generator).to(policy.device)
-    return policy.with_guidance(condition, scale), teacher.encode(prompts, guided=True), scale
+        return condition, teacher.encode(own_prompts, guided=False), None
+    scale = low + (high - low) * torch.rand(len(prompts), generator=generator).to(policy.device)[own]
+    return policy.with_guidance(condition, scale), teacher.encode(own_prompts, guided=True), scale
 
 
 def distillation_loss(
     policy, target, teacher, latents: Tensor, prompts: list[str], config: Config, generator: torch.Generator
 ) -> Tensor:
-    """One batch's loss. latents (n, *latent) are data; `target` is the policy with the averaged weights."""
+    """The loss of this process's rows of a batch, which is drawn whole. latents (n, *latent) are data."""
     solver_steps = policy.scheduler.config.original_inference_steps
     grid, grid_next = (t.to(policy.device) for t in solver_grid(solver_steps))
     alpha_bar = teacher.scheduler.alphas_cumprod.to(policy.device, latents.dtype)
     n = torch.randint(solver_steps, (len(latents),), generator=generator).to(policy.device)
     noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(policy.device)
-    t, t_next = grid[n], grid_next[n]
+    own = own_rows(len(latents), policy.device)
+    t, t_next, latents, noise = grid[n][own], grid_next[n][own], latents[own], noise[own]
     states = policy.corrupt(latents, t, noise)
-    condition, condition_teacher, scale = guided_condition(policy, teacher, prompts, config, generator)
+    condition, condition_teacher, scale = guided_condition(policy, teacher, prompts, own, config, generator)
     prediction = policy.denoise(states, t, condition)
     with torch.no_grad():
         output = teacher.output_at(states, t, condition_teacher, guidance_scale=scale)
@@ -115,8 +134,6 @@ def distillation_loss(
 
 def check(policy, teacher, config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
-    if config.metric not in ("l2", "huber"):
-        raise ValueError(f"metric is {config.metric!r}; expected 'l2' or 'huber'.")
     low, high = config.guidance_range
     if not low <= high:
         raise ValueError(f"guidance_range is ({low}, {high}); expected (lowest g, highest g), (1, 1) for no guidance.")
@@ -143,40 +160,15 @@ def train(
     (seed 0 if None). Network evaluations are the student's, the target's and the teacher's together.
     """
     check(policy, teacher, config)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
     policy.network.requires_grad_(True)
-    parameters = policy.parameters()
-    target = copy.copy(policy)
-    target.network = copy.deepcopy(policy.network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    start = 0
-    if resume is not None:
-        start = unpack(resume, parameters, optimizer, generator)["number"]
-        for i, p in enumerate(target.network.parameters()):
-            p.data.copy_(resume[f"target.{i}"])
-    spent = [p.network_evaluations for p in (policy, target, teacher)]
-
-    for number in range(start, config.num_iterations):
-        lap = timer()
-        latents, prompts = data(config.batch_size, generator)
-        loss = distillation_loss(policy, target, teacher, latents, prompts, config, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        decay = (1 + math.cos(math.pi * number / config.num_iterations)) / 2
-        optimizer.param_groups[0]["lr"] = config.learning_rate * decay
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema_update(target.network, policy.network, config.ema_decay)
-        evaluations = sum(p.network_evaluations for p in (policy, target, teacher)) - sum(spent)
-        yield Step(
-            number,
-            {"loss": loss.detach()},
-            evaluations,
-            0,
-            lap(),
-            lambda done=number + 1: (
-                pack(parameters, optimizer, generator, number=done)
-                | {f"target.{i}": p.detach().clone() for i, p in enumerate(target.network.parameters())}
-            ),
-        )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    target = EMA(policy, config.ema_decay)
+    run = Run(config, optimizer, generator, resume, [policy, target.policy, teacher], target=target)
+    for number in run.rounds():
+        latents, prompts = data(config.batch_size, run.generator)
+        loss = distillation_loss(policy, target.policy, teacher, latents, prompts, config, run.generator)
+        run.backward(loss, {"loss": loss}, len(own_rows(len(latents))) / len(latents))
+        run.update((1 + math.cos(math.pi * number / config.num_iterations)) / 2)
+        target.update(policy.network)
+        yield run.step({})
     policy.network.requires_grad_(False)

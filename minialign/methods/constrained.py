@@ -11,6 +11,7 @@ one would have had to guess. They change as training goes.
     xi-PPO    max -KL, v_i = theta_i, l = tanh(xi)             variant "xi"
     All-PPO   max sum_i v_i - KL, v_i <= theta_i               variant "all"
     the dual  A_0 + sum_i mu_i A_i, mu_i >= 0                  "mu" with squash=False, standardise=False
+    max(-A rho, -A clip(rho, 1 - eps, 1 + eps))                kernels.clipped_surrogate
     A = (N - sum l) A_0 + sum_i l_i A_i                        mixing_weights, mix_advantages
     mu <- mu - lr dl/dmu (v_i - theta_i)                       multiplier_step
     theta from runs: where a fitted evaluation peaks           fit_proxy_points
@@ -37,61 +38,57 @@ hold the other: it falls back to the base. The dual (squash=False, standardise=F
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minialign.kernels import clipped_value_loss, gae, kl_k3, masked_whiten, token_rewards
-from minialign.loop import (
-    Step,
-    gather_rows,
-    own_rows,
-    pack,
-    sum_gradients,
-    sum_over_processes,
-    sum_parts,
-    timer,
-    unpack,
+from minialign.kernels import (
+    clipped_surrogate,
+    clipped_value_loss,
+    gae,
+    masked_whiten,
+    token_rewards,
+    weighted_sums,
 )
+from minialign.loop import Batch, Run, Step
 from minialign.methods.ddpo import default_clip_range
 from minialign.rewards import checked
-
-VARIANTS = ("mu", "xi", "all", "fixed")
+from minialign.settings import Count, Fraction, Limit, NonNegative, Number, Positive, Settings
 
 
 @dataclass(frozen=True)
-class Config:
-    thresholds: tuple[float, ...] = ()  # theta, one for each reward, in its units; none for "fixed"
-    variant: str = "mu"  # "mu": at least theta; "xi": exactly; "all": at most, all rewards being the task; "fixed": PPO
+class Config(Settings):
+    thresholds: tuple[Number, ...] = ()  # theta, one for each reward, in its units; none for "fixed"
+    variant: Literal["mu", "xi", "all", "fixed"] = "mu"  # at least theta; exactly; at most, all being the task; PPO
     squash: bool = True  # multipliers through sigmoid or tanh; False: the textbook's dual
     standardise: bool = True  # each advantage by itself, before mixing; False: multipliers are the tilt itself
-    multiplier_lr: float = 0.1  # SGD, one step after every policy step; .5 oscillates
-    multiplier_momentum: float = 0.1
-    multiplier_max_norm: float = 0.5  # l2, of the multipliers' gradient
-    beta: float = 0.02  # reward per nat inside each reward of "all" and "fixed"; it cancels elsewhere
-    num_iterations: int = 100  # rounds of: sample, score, update
-    num_prompts: int = 128  # prompts drawn per round, over all processes
-    group_size: int = 1  # samples for each
-    num_tokens: int = 24  # of a response at most (language policies)
-    num_minibatches: int = 1  # optimizer steps per pass over the round
-    num_epochs: int = 1  # passes over the round (paper: 5)
-    rows_per_pass: int = 64  # samples per network call: memory against speed, never the result
-    steps_per_pass: int = 4  # denoising steps of each of them per network call (diffusion policies)
-    baseline: str = "critic"  # N + 1 value heads; "batch", "prompt": mean of the round, of its prompt, at each action
-    reduction: str = "mean"  # of the ratio's log-probabilities over a latent's D elements, as ddpo; KLs are always sums
-    temperature: float = 1.0
-    gamma: float = 1.0  # authors: .99, with which the solution is no longer an I-projection
-    gae_lambda: float = 0.95
-    clip_range: float | None = None  # on the ratio of each action; None: .2, of denoising steps 1.6 / D
-    value_clip_range: float = 0.2
-    value_coefficient: float = 0.5  # of half the squared error of the rewards' heads (authors: of the whole)
-    kl_value_coefficient: float = 0.2  # the same of the KL's head
-    learning_rate: float = 1e-3  # AdamW (paper: 1e-6 for GPT-2; 0.02 for a table)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.5  # l2
+    multiplier_lr: Positive = 0.1  # SGD, one step after every policy step; .5 oscillates
+    multiplier_momentum: Fraction = 0.1
+    multiplier_max_norm: Limit = 0.5  # l2, of the multipliers' gradient
+    beta: NonNegative = 0.02  # reward per nat inside each reward of "all" and "fixed"; it cancels elsewhere
+    num_iterations: Count = 100  # rounds of: sample, score, update
+    num_prompts: Count = 128  # prompts drawn per round, over all processes
+    group_size: Count = 1  # samples for each
+    num_tokens: Count = 24  # of a response at most (language policies)
+    num_minibatches: Count = 1  # optimizer steps per pass over the round
+    num_epochs: Count = 1  # passes over the round (paper: 5)
+    rows_per_pass: Count = 64  # samples per network call: memory against speed, never the result
+    steps_per_pass: Count = 4  # denoising steps of each of them per network call (diffusion policies)
+    baseline: Literal["critic", "batch", "prompt"] = "critic"  # N + 1 heads; mean of the round, of its prompt
+    reduction: Literal["mean", "sum"] = "mean"  # of the ratio's log-probabilities, as ddpo; KLs are always sums
+    temperature: Positive = 1.0
+    gamma: Fraction = 1.0  # authors: .99, with which the solution is no longer an I-projection
+    gae_lambda: Fraction = 0.95
+    clip_range: Limit | None = None  # on the ratio of each action; None: .2, of denoising steps 1.6 / D
+    value_clip_range: Limit = 0.2
+    value_coefficient: NonNegative = 0.5  # of half the squared error of the rewards' heads (authors: of the whole)
+    kl_value_coefficient: NonNegative = 0.2  # the same of the KL's head
+    learning_rate: Positive = 1e-3  # AdamW (paper: 1e-6 for GPT-2; 0.02 for a table)
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Limit = 0.5  # l2
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -159,6 +156,30 @@ def multiplier_step(
     if not config.squash and config.variant != "xi":
         raw = raw.clamp_min(0)
     return raw, velocity
+
+
+class Multipliers:
+    """Raw multipliers and their momentum, saved with the run; `levels` are what weighs the advantages."""
+
+    def __init__(self, raw: Float[Tensor, "n"], config: Config):
+        self.raw, self.velocity, self.config = raw, torch.zeros_like(raw), config
+
+    @property
+    def levels(self) -> Float[Tensor, "n"]:
+        return squashed(self.raw, self.config.variant, self.config.squash)
+
+    @property
+    def weights(self) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
+        return mixing_weights(self.levels, self.config.variant, self.config.squash)
+
+    def step(self, violation: Float[Tensor, "n"]) -> None:
+        self.raw, self.velocity = multiplier_step(self.raw, self.velocity, violation, self.config)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"raw": self.raw, "velocity": self.velocity}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.raw, self.velocity = (tensors[name].to(self.raw.device) for name in ("raw", "velocity"))
 
 
 def saturated(rewards: Sequence[Callable], thresholds: Sequence[float]) -> Callable:
@@ -238,20 +259,18 @@ def baselines(
     return totals / torch.einsum("ij,jth->ith", same, valid).clamp_min(1)
 
 
-def round_advantages(
-    episodes: Episodes, scores: Float[Tensor, "round n"], group: Int[Tensor, "round"], own: Tensor, config: Config
-):
-    """(advantages (b, t, N + 1), returns, KL of each episode), before the update; own: this process's rows.
+def round_advantages(episodes: Episodes, scores: Float[Tensor, "round n"], batch: Batch, config: Config):
+    """(advantages (b, t, N + 1), returns, KL of each episode of the round), before the update.
 
     Means and spreads are of the whole round, so rows are gathered from all processes, padded to the longest.
     """
-    mask, log_ref, num_rows = episodes.mask, episodes.log_prob_ref, len(group)
+    mask, log_ref, own = episodes.mask, episodes.log_prob_ref, batch.own
     inside = config.beta if config.variant in ("all", "fixed") else 0.0
     heads = [token_rewards(s, episodes.log_probs, log_ref, mask, inside) for s in scores[own].unbind(1)]
     heads.append(token_rewards(torch.zeros_like(scores[own, 0]), episodes.log_probs, log_ref, mask, 1.0))
     rewards = torch.stack(heads, -1)
-    right = (0, int(gather_rows(mask.sum(1), own, num_rows).max()) - mask.shape[1])
-    whole_mask = gather_rows(pad(mask.to(rewards), right), own, num_rows).bool()
+    right = (0, int(batch.gather(mask.sum(1)).max()) - mask.shape[1])
+    whole_mask = batch.gather(pad(mask.to(rewards), right)).bool()
     if config.baseline == "critic":
         values = episodes.values
         if values.shape[-1] != len(heads):
@@ -261,17 +280,17 @@ def round_advantages(
             )
     else:
         to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, config.gamma, 1.0)
-        group = group if config.baseline == "prompt" else torch.zeros_like(group)
-        whole = gather_rows(pad(to_come, (0, 0, *right)), own, num_rows)
+        group = batch.drawn if config.baseline == "prompt" else torch.zeros_like(batch.drawn)
+        whole = batch.gather(pad(to_come, (0, 0, *right)))
         values = baselines(whole, whole_mask, group)[own, : mask.shape[1]]
     advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
     if config.standardise:
         # a reward that is the same for all, and the KL of a policy that has not moved, are rounding errors by now
         floor = torch.cat([1e-5 * scores.abs().amax(0), scores.new_full((1,), 1e-3)])
-        whole = gather_rows(pad(advantages, (0, 0, *right)), own, num_rows)
+        whole = batch.gather(pad(advantages, (0, 0, *right)))
         advantages = standardise_heads(whole, whole_mask, floor)[own, : mask.shape[1]]
     kl = torch.where(mask, episodes.log_probs - log_ref, 0.0).sum(1)
-    return advantages, returns, kl
+    return advantages, returns, batch.gather(kl)
 
 
 def episode_loss(episodes: Episodes, rows: Tensor, places: Tensor, batch: dict[str, Tensor], config: Config):
@@ -281,16 +300,14 @@ def episode_loss(episodes: Episodes, rows: Tensor, places: Tensor, batch: dict[s
     """
     b, t = rows.unsqueeze(1), places
     log_prob, values = episodes.score(rows, places)
-    log_ratio = torch.where(episodes.mask[b, t], log_prob - episodes.log_probs[b, t], 0.0)
-    if config.reduction == "mean":
-        log_ratio = log_ratio / episodes.num_elements
+    elements = episodes.num_elements if config.reduction == "mean" else 1
     usual = default_clip_range(episodes.num_elements, config.reduction)
     clip_range = usual if config.clip_range is None else config.clip_range
-    ratio, weight, mixed = log_ratio.exp(), batch["weight"][b, t], batch["mixed"][b, t]
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = (weight * torch.maximum(-mixed * ratio, -mixed * clipped)).sum()
-    with torch.no_grad():
-        info = {"approx_kl": (weight * kl_k3(-log_ratio)).sum(), "clip_fraction": (weight * (ratio != clipped)).sum()}
+    loss, info = clipped_surrogate(
+        log_prob / elements, episodes.log_probs[b, t] / elements, batch["mixed"][b, t], clip_range
+    )
+    weight = batch["weight"][b, t]
+    loss, info = (weight * loss).sum(), weighted_sums(info, weight)
     if values is not None:
         error = clipped_value_loss(values, episodes.values[rows], batch["returns"][rows], config.value_clip_range)
         terms = (weight.unsqueeze(-1) * error).sum((0, 1))
@@ -301,11 +318,6 @@ def episode_loss(episodes: Episodes, rows: Tensor, places: Tensor, batch: dict[s
 
 def check(policy, rewards: Sequence[Callable], prompts: Sequence[str], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
-    for name, allowed in {
-        "variant": VARIANTS, "baseline": ("critic", "batch", "prompt"), "reduction": ("mean", "sum"),
-    }.items():  # fmt: skip
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
     if config.variant == "fixed" and (len(rewards) != 1 or config.thresholds):
         raise ValueError(
             f"variant 'fixed' takes one reward and no thresholds, not {len(rewards)} and {len(config.thresholds)}: "
@@ -316,10 +328,6 @@ def check(policy, rewards: Sequence[Callable], prompts: Sequence[str], config: C
             f"there are {len(rewards)} rewards and {len(config.thresholds)} thresholds: give one threshold for each "
             "reward, in the same order."
         )
-    for name in ("num_iterations", "num_prompts", "group_size", "num_tokens", "num_minibatches", "num_epochs",
-                 "rows_per_pass", "steps_per_pass"):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
     round_size = config.num_prompts * config.group_size
     if config.num_minibatches > round_size:
         raise ValueError(f"num_minibatches is {config.num_minibatches}, more than the {round_size} samples of a round.")
@@ -342,74 +350,44 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
     thresholds may be others, which is how a warm-started search goes on.
     """
     check(policy, rewards, prompts, config)
-    count, device, round_size = len(rewards), policy.device, config.num_prompts * config.group_size
-    talks = hasattr(policy, "generate")
+    count, device, talks = len(rewards), policy.device, hasattr(policy, "generate")
     if config.baseline == "critic" and not policy.value_parameters():
         policy.add_value_heads(count + 1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    parameters = policy.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     thresholds = torch.tensor(config.thresholds, device=device, dtype=torch.float32)
     first = 0.01 * torch.randn((), generator=generator) if config.squash else torch.tensor(0.5)
-    raw, velocity = first.to(device).expand(count).clone(), torch.zeros(count, device=device)
-    start = 0
-    if resume is not None:
-        counts = unpack(resume, parameters, optimizer, generator)
-        start, policy.network_evaluations = counts["number"], counts["network_evaluations"]
-        raw, velocity = resume["multipliers"].to(device), resume["velocity"].to(device)
-    own = own_rows(round_size, device)
-
-    for number in range(start, config.num_iterations):
-        lap = timer()
-        drawn = torch.randint(len(prompts), (config.num_prompts,), generator=generator)
-        drawn = drawn.repeat_interleave(config.group_size)
-        own_prompts = [prompts[i] for i in drawn[own.cpu()].tolist()]
+    multipliers = Multipliers(first.to(device).expand(count).clone(), config)
+    kept = {f"reward_{i}": reward for i, reward in enumerate(rewards)}
+    run = Run(config, optimizer, generator, resume, [policy], multipliers=multipliers, **kept)
+    for _ in run.rounds():
+        batch = run.draw(prompts, config.num_prompts, config.group_size)
+        own_prompts = batch.own_prompts
         with torch.no_grad():
-            size = (round_size, config.num_tokens) if talks else (round_size,)
-            noise = policy.draw_noise(*size, generator=generator)[own.cpu() if talks else own]
+            size = (len(batch), config.num_tokens) if talks else (len(batch),)
+            noise = policy.draw_noise(*size, generator=run.generator)[batch.own.cpu() if talks else batch.own]
             episodes = (respond if talks else denoise)(policy, own_prompts, noise, config)
             scores = torch.stack([checked(reward, episodes.samples, own_prompts).to(device) for reward in rewards], 1)
-            scores = gather_rows(scores, own, round_size)
-            advantages, returns, kl = round_advantages(episodes, scores, drawn.to(device), own, config)
-            lengths = gather_rows(episodes.mask.sum(1), own, round_size)
-            kl = gather_rows(kl, own, round_size)
-        batch, infos = {"returns": returns}, []
-        for _ in range(config.num_epochs):
-            shuffled = torch.randperm(round_size, generator=generator).to(device)
-            for minibatch in shuffled.tensor_split(config.num_minibatches):
-                mine = torch.isin(own, minibatch)
-                batch["weight"] = (mine.unsqueeze(1) & episodes.mask) / lengths[minibatch].sum()
-                weights = mixing_weights(squashed(raw, config.variant, config.squash), config.variant, config.squash)
-                batch["mixed"] = mix_advantages(advantages, weights)
-                for rows in mine.nonzero().flatten().split(config.rows_per_pass) if mine.any() else ():
-                    for places in episodes.places:
-                        loss, info = episode_loss(episodes, rows, places, batch, config)
-                        loss.backward()
-                        infos.append(info)
-                sum_gradients(parameters)
-                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if config.variant != "fixed":
-                    raw, velocity = multiplier_step(raw, velocity, scores[minibatch].mean(0) - thresholds, config)
+            scores, lengths = batch.gather(scores), batch.gather(episodes.mask.sum(1))
+            advantages, returns, kl = round_advantages(episodes, scores, batch, config)
 
-        passes = config.num_epochs * config.num_minibatches
-        names = ["approx_kl", "clip_fraction", *(["value_loss"] if config.baseline == "critic" else [])]
-        metrics = {name: total / passes for name, total in sum_parts(infos, names, device).items()}
-        metrics |= {"reward": scores.sum(1).mean(), "kl": kl.mean(), "length": lengths.float().mean()}
+        for _ in range(config.num_epochs):
+            for mini in run.minibatches(len(batch), config.num_minibatches, batch.own):
+                taken = torch.isin(batch.own, mini.everyone).unsqueeze(1) & episodes.mask
+                update = {"returns": returns, "weight": taken / lengths[mini.everyone].sum()}
+                update["mixed"] = mix_advantages(advantages, multipliers.weights)
+                for rows in mini.rows.split(config.rows_per_pass) if len(mini.rows) else ():
+                    for places in episodes.places:
+                        run.backward(*episode_loss(episodes, rows, places, update, config))
+                run.update()
+                if config.variant != "fixed":
+                    multipliers.step(scores[mini.everyone].mean(0) - thresholds)
+
+        metrics = {"reward": scores.sum(1).mean(), "kl": kl.mean(), "length": lengths.float().mean()}
         metrics |= {f"reward_{i}": score for i, score in enumerate(scores.mean(0))}
         if config.variant != "fixed":
-            levels = squashed(raw, config.variant, config.squash)
-            metrics |= {f"multiplier_{i}": level for i, level in enumerate(levels)}
-        evaluations = int(sum_over_processes(torch.tensor(policy.network_evaluations, device=device)))
-        state = {"multipliers": raw.cpu(), "velocity": velocity.cpu()}
-        yield Step(
-            number, metrics, evaluations, (number + 1) * round_size * count, lap(),
-            lambda done=number + 1, state=state: (
-                pack(parameters, optimizer, generator, number=done, network_evaluations=policy.network_evaluations)
-                | state
-            ),
-        )  # fmt: skip
+            metrics |= {f"multiplier_{i}": level for i, level in enumerate(multipliers.levels)}
+        yield run.step(metrics, reward_queries=len(batch) * count)
 
 
 # Thresholds ---------------------------------------------------------------------------------------------------------

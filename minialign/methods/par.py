@@ -6,7 +6,7 @@ Bradley-Terry probability against reference responses: bounded by 1, fast at fir
 
     f = mean_m sigmoid(k (r - r_ref^m))                         shape_reward(..., "par")
     every other shaping of the paper's table                    SHAPINGS
-    running mean, population std, minimum and maximum           RunningStatistics
+    running mean, population std, minimum and maximum           statistics.Moments, merged
     M reference responses a prompt, scored once before RL       reference_rewards
     the same as a reward for any loop of this package           Shaped
 
@@ -20,6 +20,7 @@ equal KL, not at equal steps (sheet par, trap 1).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from minialign.kernels import at_least_float32
+from minialign.loop import gather_everything
 from minialign.rewards import checked, name_of
+from minialign.settings import Count, NonNegative, Number, Positive, Settings
+from minialign.statistics import Moments
 
 Z_85 = 1.0364333894937898  # the .85 quantile of a standard normal
 # Least squares of the sigmoid on 100 points of [-5, 5], from x^5 down; even terms vanish by symmetry, but for the .5.
@@ -35,48 +39,17 @@ POLYNOMIAL = (2.0267e-4, 0.0, -1.01309e-2, 0.0, 2.287885e-1, 0.5)
 
 
 @dataclass(frozen=True)
-class Config:
-    method: str = "par"  # one of SHAPINGS
-    k: float = 1.0  # steepness of the sigmoids (ablated: 2, 3)
-    shift: float = 3.0  # of "sgfc": slow growth, fast convergence
-    ceiling: float = 5.0  # of "ceil" (ablated: 4, 3)
+class Config(Settings):
+    method: Literal[
+        "vanilla", "centred", "ceil", "meanstd", "clip", "minmax", "lsc", "sigmoid", "tanh", "tanh_centred", "poly",
+        "poly_centred", "sgfc", "par",
+    ] = "par"  # fmt: skip
+    k: Positive = 1.0  # steepness of the sigmoids (ablated: 2, 3)
+    shift: Number = 3.0  # of "sgfc": slow growth, fast convergence
+    ceiling: Number = 5.0  # of "ceil" (ablated: 4, 3)
     freeze: bool = False  # statistics of the reference responses alone, instead of running ones
-    length_limit: int | None = None  # longer responses lose length_penalty an extra token (authors: 300, always on)
-    length_penalty: float = 0.01
-
-
-@dataclass(frozen=True)
-class RunningStatistics:
-    """Count, mean, population variance, minimum and maximum of all rewards so far; `update` merges a batch exactly."""
-
-    count: Float[Tensor, ""]
-    mean: Float[Tensor, ""]
-    var: Float[Tensor, ""]
-    low: Float[Tensor, ""]
-    high: Float[Tensor, ""]
-
-    @classmethod
-    def of(cls, rewards: Float[Tensor, "*any"]) -> "RunningStatistics":
-        """Of one batch."""
-        rewards = at_least_float32(rewards)
-        count = torch.tensor(float(rewards.numel()), dtype=rewards.dtype, device=rewards.device)
-        return cls(count, rewards.mean(), rewards.var(correction=0), rewards.min(), rewards.max())
-
-    def update(self, rewards: Float[Tensor, "*any"]) -> "RunningStatistics":
-        """Of everything so far and this batch: pooled mean, and variance within plus between."""
-        new = RunningStatistics.of(rewards)
-        count = self.count + new.count
-        share = new.count / count
-        mean = self.mean + share * (new.mean - self.mean)
-        within = (1 - share) * self.var + share * new.var
-        between = share * (1 - share) * (new.mean - self.mean) ** 2
-        return RunningStatistics(
-            count, mean, within + between, torch.minimum(self.low, new.low), torch.maximum(self.high, new.high)
-        )
-
-    @property
-    def std(self) -> Float[Tensor, ""]:
-        return self.var.sqrt()
+    length_limit: Count | None = None  # longer responses lose length_penalty an extra token (authors: 300, always on)
+    length_penalty: NonNegative = 0.01
 
 
 # The shapings: rewards r (b,), reference rewards refs (b, m), statistics s, config c -> (b,) ------------------------
@@ -119,7 +92,7 @@ def shape_reward(
     rewards: Float[Tensor, "b"],
     references: Float[Tensor, "b m"] | None = None,
     config: Config | str = Config(),
-    statistics: RunningStatistics | None = None,
+    statistics: Moments | None = None,
     lengths: Tensor | None = None,
 ) -> Float[Tensor, "b"]:
     """The number that RL maximises instead of the reward: one of SHAPINGS, outside autograd, float32 at least.
@@ -129,7 +102,6 @@ def shape_reward(
     Raises ValueError for an unknown method, or for references or statistics that it needs and did not get.
     """
     config = Config(method=config) if isinstance(config, str) else config
-    check(config)
     for kind, needed, given in (
         ("references", NEEDS_REFERENCES, references),
         ("statistics", NEEDS_STATISTICS, statistics),
@@ -143,12 +115,6 @@ def shape_reward(
         r = r - config.length_penalty * (lengths - config.length_limit).clamp_min(0)
     refs = None if references is None else at_least_float32(references.detach())
     return SHAPINGS[config.method](r, refs, statistics, config)
-
-
-def check(config: Config) -> None:
-    """Raises ValueError for an unknown shaping."""
-    if config.method not in SHAPINGS:
-        raise ValueError(f"unknown shaping {config.method!r}. There are: {', '.join(SHAPINGS)}.")
 
 
 # With a policy ------------------------------------------------------------------------------------------------------
@@ -183,7 +149,6 @@ class Shaped:
     """
 
     def __init__(self, reward, references: dict[str, Tensor] | None = None, config: Config = Config(), length_of=None):
-        check(config)
         if references is None and (config.freeze or config.method in NEEDS_REFERENCES):
             raise ValueError(f"shaping {config.method!r} needs references: reference_rewards(policy, reward, prompts).")
         if config.length_limit is not None and length_of is None:
@@ -191,7 +156,7 @@ class Shaped:
         self.reward, self.references, self.config, self.length_of = reward, references, config, length_of
         self.__name__ = f"{config.method} of {name_of(reward)}"
         self.raw: Tensor | None = None
-        self.statistics = RunningStatistics.of(torch.stack(list(references.values()))) if config.freeze else None
+        self.statistics = Moments.of(torch.stack(list(references.values()))) if config.freeze else None
 
     def __call__(self, samples, prompts: Sequence[str]) -> Float[Tensor, "b"]:
         self.raw = checked(self.reward, samples, prompts).detach()
@@ -200,10 +165,17 @@ class Shaped:
         if lengths is not None and self.config.length_limit is not None:  # before everything else, statistics included
             rewards = shape_reward(rewards, config=replace(self.config, method="vanilla"), lengths=lengths)
         if not self.config.freeze:
-            seen = self.statistics
-            self.statistics = RunningStatistics.of(rewards) if seen is None else seen.update(rewards)
+            new = Moments.of(gather_everything(rewards))
+            self.statistics = new if self.statistics is None else self.statistics.merge(new)
         refs = None if self.references is None else self._rows(prompts).to(rewards.device)
         return shape_reward(rewards, refs, replace(self.config, length_limit=None), self.statistics)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The running statistics, for a run's checkpoint."""
+        return {} if self.statistics is None else self.statistics.tensors()
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.statistics = Moments(**tensors) if tensors else None
 
     def _rows(self, prompts: Sequence[str]) -> Float[Tensor, "b m"]:
         unknown = next((prompt for prompt in prompts if prompt not in self.references), None)

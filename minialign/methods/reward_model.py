@@ -7,9 +7,9 @@ only then does a KL weight mean anything.
 
     -log sigmoid(r(x, chosen) - r(x, rejected))                      bradley_terry_loss
     + regularisation (r_chosen^2 + r_rejected^2)      "Reg"          the same
-    gain and bias: mean 0, std 1 under the base       (Ziegler)      RewardModel.normalise
-    plain average of several models' weights          WARM           average_weights (Rame et al., 2024, 2401.12187)
-    two heads, quality and length, kept apart         ODIN           odin_loss (Chen et al., 2024, 2402.07319)
+    (r - bias) gain: mean 0, std 1 under the base     (Ziegler)      RewardModel.normalise
+    theta = mean_m theta_m of several models          WARM           average_weights (Rame et al., 2024, 2401.12187)
+    + |corr(r_q, n)| - corr(r_l, n) + |cos(w_q, w_l)| ODIN           odin_loss (Chen et al., 2024, 2402.07319)
 
 `RewardModel` wraps any transformers sequence classifier and is itself a reward: `model(texts, prompts) -> scores`.
 ODIN's model has two outputs, of which RL sees the first. As in neither paper: the score's head reads the last token,
@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from minialign.loop import Step, pack, timer, unpack
+from minialign.loop import Run, Step, gather_rows, num_processes, own_rows
+from minialign.settings import Count, Limit, NonNegative, Positive, Settings
 
 
 class Preferences(NamedTuple):
@@ -38,16 +39,16 @@ class Preferences(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Config:
-    num_epochs: int = 1  # passes over the pairs; more of them overfit before they help
-    batch_size: int = 64  # pairs
-    learning_rate: float = 1e-3  # AdamW, cosine to zero (tiny models; 5e-5 for large ones)
-    weight_decay: float = 0.0
-    regularisation: float = 0.0  # on squared scores ("Reg": 0.005)
+class Config(Settings):
+    num_epochs: Count = 1  # passes over the pairs; more of them overfit before they help
+    batch_size: Count = 64  # pairs
+    learning_rate: Positive = 1e-3  # AdamW, cosine to zero (tiny models; 5e-5 for large ones)
+    weight_decay: NonNegative = 0.0
+    regularisation: NonNegative = 0.0  # on squared scores ("Reg": 0.005)
     odin: bool = False  # two heads; the model needs num_labels = 2
-    length_weight: float = 1.0  # ODIN's correlation term
-    orthogonal_weight: float = 1.0  # ODIN's term on the two heads' weights
-    max_grad_norm: float = 1.0  # l2
+    length_weight: NonNegative = 1.0  # ODIN's correlation term
+    orthogonal_weight: NonNegative = 1.0  # ODIN's term on the two heads' weights
+    max_grad_norm: Limit = 1.0  # l2
 
 
 def bradley_terry_loss(
@@ -98,6 +99,7 @@ class RewardModel:
             raise ValueError("the tokenizer needs a pad and an EOS token: scores are read at the EOS.")
         network.config.pad_token_id = tokenizer.pad_token_id
         self.bias, self.gain = 0.0, 1.0
+        self.network_evaluations = 0  # rows; one that will be differentiated counts 3
 
     def tokenize(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Tensor]:
         """input_ids and attention_mask (b, t), padded on the right; num_tokens (b,) of the responses with their EOS."""
@@ -117,6 +119,7 @@ class RewardModel:
     def outputs(self, batch: dict[str, Tensor]) -> Float[Tensor, "b heads"]:
         """What the classifier's heads say at each row's last token."""
         device = next(self.network.parameters()).device
+        self.network_evaluations += len(batch["input_ids"]) * (3 if torch.is_grad_enabled() else 1)
         trunk = getattr(self.network, self.network.base_model_prefix)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         hidden = trunk(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -152,20 +155,33 @@ def average_weights(networks: Sequence[nn.Module], into: nn.Module) -> nn.Module
 
 
 def batch_loss(model: RewardModel, pairs: Preferences, rows: Sequence[int], config: Config):
-    """(loss, share of pairs that the model orders as labelled) of pairs `rows`."""
-    prompts = [pairs.prompts[i] for i in rows]
-    batch = model.tokenize(prompts * 2, [pairs.chosen[i] for i in rows] + [pairs.rejected[i] for i in rows])
-    outputs = model.outputs(batch)
-    scores = outputs.view(2, len(rows), -1)
+    """(loss, share of pairs that the model orders as labelled) of pairs `rows`.
+
+    Each process scores its own share of them and sees the scores of all, for ODIN's correlations run over the batch;
+    the gradient is that of its own.
+    """
+    own = own_rows(len(rows))
+    scores, num_tokens = pair_scores(model, pairs, [rows[i] for i in own.tolist()])
+    scores = gather_rows(scores, own, len(rows)).transpose(0, 1)
     right = (scores[0].sum(-1) > scores[1].sum(-1)).float().mean()
     if not config.odin:
         return bradley_terry_loss(scores[0, :, 0], scores[1, :, 0], config.regularisation), right
-    num_tokens = batch["num_tokens"].to(outputs).view(2, -1)
-    loss = odin_loss(
-        scores[..., 0], scores[..., 1], num_tokens, model.network.score.weight, config.length_weight,
-        config.orthogonal_weight,
-    )  # fmt: skip
+    num_tokens = gather_rows(num_tokens, own, len(rows)).T.to(scores)
+    heads, share = model.network.score.weight, 1 / num_processes()
+    heads = share * heads + (1 - share) * heads.detach()  # all processes see them: each adds its share of the gradient
+    loss = odin_loss(scores[..., 0], scores[..., 1], num_tokens, heads, config.length_weight, config.orthogonal_weight)
     return loss, right
+
+
+def pair_scores(model: RewardModel, pairs: Preferences, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Outputs (n, 2, heads) and numbers of tokens (n, 2) of the chosen and the rejected of pairs `rows`, maybe none."""
+    if not rows:
+        nothing = model.network.score.weight.sum() * 0  # a process without a pair takes part, with a gradient of 0
+        return nothing.expand(0, 2, len(model.network.score.weight)), torch.zeros(0, 2)
+    prompts = [pairs.prompts[i] for i in rows]
+    batch = model.tokenize(prompts * 2, [pairs.chosen[i] for i in rows] + [pairs.rejected[i] for i in rows])
+    outputs = model.outputs(batch).view(2, len(rows), -1).transpose(0, 1)
+    return outputs, batch["num_tokens"].view(2, -1).T.float()
 
 
 def check(model: RewardModel, pairs: Preferences, config: Config) -> None:
@@ -185,34 +201,21 @@ def train(
 ) -> Iterator[Step]:
     """Trains the model in place on labelled pairs; yields a `Step` a minibatch, with `loss` and `accuracy`.
 
-    generator: a CPU torch.Generator that orders the pairs (seed 0 if None). Network evaluations: 3 a response.
+    generator: a CPU torch.Generator that orders the pairs (seed 0 if None). Network evaluations: 3 a response. Under
+    `torchrun` each process scores its own share of every minibatch.
     """
     check(model, pairs, config)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
     model.network.requires_grad_(True)
     parameters = list(model.network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    start = 0 if resume is None else unpack(resume, parameters, optimizer, generator)["number"]
-    before = {"generator": generator.get_state()}  # all its draws come now, so a resumed run must draw them again
-    order = [torch.randperm(len(pairs.prompts), generator=generator) for _ in range(config.num_epochs)]
+    run = Run(config, optimizer, generator, resume, [model])
+    ordering = torch.Generator()
+    ordering.set_state(run.generator.get_state())  # a copy: a resumed run draws the same order again
+    order = [torch.randperm(len(pairs.prompts), generator=ordering) for _ in range(config.num_epochs)]
     minibatches = [rows.tolist() for epoch in order for rows in epoch.split(config.batch_size)]
-    total = len(minibatches)
-    seen = sum(map(len, minibatches[:start]))
-    for number in range(start, total):
-        lap = timer()
+    for number in run.rounds(len(minibatches)):
         loss, right = batch_loss(model, pairs, minibatches[number], config)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * number / total)) / 2
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen += len(minibatches[number])
-        yield Step(
-            number,
-            {"loss": loss.detach(), "accuracy": right},
-            6 * seen,
-            0,
-            lap(),
-            lambda done=number + 1: pack(parameters, optimizer, generator, number=done) | before,
-        )
+        run.backward(loss, {"loss": loss / num_processes(), "accuracy": right / num_processes()})
+        run.update((1 + math.cos(math.pi * number / len(minibatches))) / 2)
+        yield run.step({}, labels=len(minibatches[number]))
     model.network.requires_grad_(False)

@@ -5,9 +5,9 @@ Gaussian, so f plus its noise is a policy with a density over H - 1 actions, and
 fewer calls a sample, fewer transitions to share the credit.
 
     pi(x_{j+1} | x_j, c) = N(sqrt(a_{j+1}) f_theta(x_j, tau_j, c), (1 - a_{j+1}) I)      policy.step (ConsistencyPolicy)
-    reward of f_theta(x_{H-1}, tau_{H-1}, c), normalised per prompt                      ddpo.PromptStatistics
-    clipped surrogate, eq. 1                                                             kernels.clipped_surrogate
-    REBEL, in the authors' repository                                                    rebel_loss
+    r(f_theta(x_{H-1}, tau_{H-1}, c), c) as A = (r - mean_c) / (std_c + 1e-6)            ddpo.prompt_advantages
+    max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), eq. 1                                   kernels.clipped_surrogate
+    REBEL: (eta (log rho_1 - log rho_2) - (A_1 - A_2))^2, in the authors' repository     rebel_loss
 
 The last call is deterministic: no gradient reaches f at the last level, and it changes only because it shares weights
 with the others. The authors' code adds noise behind it and scores that noise, although the reward is paid before it: a
@@ -21,37 +21,40 @@ As in neither: REBEL's log-ratios are summed within each sample (the code sums o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from minialign.kernels import clipped_surrogate
-from minialign.loop import Step, gather_rows, own_rows, pack, sum_gradients, sum_over_processes, timer, unpack
-from minialign.methods.ddpo import PromptStatistics, default_clip_range
+from minialign.kernels import clipped_surrogate, means
+from minialign.loop import Run, Step, reward_metrics
+from minialign.methods.ddpo import clip_range_of, prompt_advantages
 from minialign.rewards import checked
+from minialign.settings import Count, Fraction, Limit, Natural, NonNegative, Positive, Settings
+from minialign.statistics import Statistics
 
 
 @dataclass(frozen=True)
-class Config:
-    num_iterations: int = 100  # rounds of: roll out, score, update (authors: 100 epochs of 10 batches)
-    num_prompts: int = 16  # prompts drawn per round, over all processes
-    group_size: int = 8  # samples per drawn prompt; even for "rebel", which compares two of them
-    num_minibatches: int = 4  # optimizer steps per round
-    objective: str = "ppo"  # "ppo": the paper; "rebel": regress the difference of two samples' advantages
-    rebel_eta: float = 1.0  # "rebel": advantage per nat of log-ratio
-    trained_actions: int | None = None  # the first so many get a gradient; None: all, as in the paper
-    terminal_std: float = 0.0  # noise behind the last call while training; 0: the paper
-    reduction: str = "mean"  # of log-probabilities over the latent's D elements
-    clip_range: float | None = None  # on the ratio; None: 1.6 / D, at most 0.2 (authors: 1e-4 at D = 36,864)
-    buffer_size: int = 64  # rewards remembered per prompt (authors: 16 or 32)
-    min_count: int = 16  # below so many, a prompt uses the statistics of the whole batch
-    advantage_clip: float = 10.0  # in standard deviations
-    learning_rate: float = 1e-4  # Adam, LoRA
-    final_lr_fraction: float = 2 / 3  # of it at the end, linearly
-    warmup_updates: int = 0  # over which the learning rate rises
-    max_grad_norm: float = 5.0  # l2
+class Config(Settings):
+    num_iterations: Count = 100  # rounds of: roll out, score, update (authors: 100 epochs of 10 batches)
+    num_prompts: Count = 16  # prompts drawn per round, over all processes
+    group_size: Count = 8  # samples per drawn prompt; even for "rebel", which compares two of them
+    num_minibatches: Count = 4  # optimizer steps per round
+    objective: Literal["ppo", "rebel"] = "ppo"  # the paper; regress the difference of two samples' advantages
+    rebel_eta: Positive = 1.0  # "rebel": advantage per nat of log-ratio
+    trained_actions: Count | None = None  # the first so many get a gradient; None: all, as in the paper
+    terminal_std: NonNegative = 0.0  # noise behind the last call while training; 0: the paper
+    reduction: Literal["mean", "sum"] = "mean"  # of log-probabilities over the latent's D elements
+    clip_range: Limit | None = None  # on the ratio; None: 1.6 / D, at most 0.2 (authors: 1e-4 at D = 36,864)
+    buffer_size: Count = 64  # rewards remembered per prompt (authors: 16 or 32)
+    min_count: Count = 16  # below so many, a prompt uses the statistics of the whole batch
+    advantage_clip: Limit = 10.0  # in standard deviations
+    learning_rate: Positive = 1e-4  # Adam, LoRA
+    final_lr_fraction: Fraction = 2 / 3  # of it at the end, linearly
+    warmup_updates: Natural = 0  # over which the learning rate rises
+    max_grad_norm: Limit = 5.0  # l2
 
 
 def rebel_loss(
@@ -76,19 +79,11 @@ def round_loss(policy, traj, rows: Tensor, advantages: Tensor, clip_range: float
     if config.objective == "rebel":
         log_ratio = rearrange(out.log_prob - batch.log_prob_old, "(two n k) -> two n k", two=2, k=places.shape[1])
         loss = rebel_loss(log_ratio.sum(2), rearrange(advantages[rows], "(two n) -> two n", two=2), config.rebel_eta)
-    return loss, info
+    return loss.mean(), means(info)
 
 
 def check(policy, prompts: list[str], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
-    for name, allowed in {"objective": ("ppo", "rebel"), "reduction": ("mean", "sum")}.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(map(repr, allowed))}.")
-    for name in ("num_iterations", "num_prompts", "group_size", "num_minibatches"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
-    if config.terminal_std < 0:
-        raise ValueError(f"terminal_std is {config.terminal_std}; it is a standard deviation: 0 or more.")
     most = policy.num_steps - (config.terminal_std == 0)
     if config.trained_actions is not None and not 1 <= config.trained_actions <= most:
         raise ValueError(f"trained_actions is {config.trained_actions}; {policy.num_steps} calls have 1 to {most}.")
@@ -107,7 +102,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     """Trains `policy`, a ConsistencyPolicy, in place on `reward`, prompts drawn from `prompts`; a `Step` a round.
 
     generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint.
-    Under `accelerate launch` each process rolls out and differentiates its own share of every round. The policy's
+    Under `torchrun` each process rolls out and differentiates its own share of every round. The policy's
     terminal_std is the config's while training, and as before at the end of each round.
     """
     usual, policy.terminal_std = policy.terminal_std, config.terminal_std
@@ -115,68 +110,27 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         check(policy, prompts, config)
     finally:
         policy.terminal_std = usual
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    parameters = policy.parameters()
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
-    statistics = PromptStatistics(list(prompts), config.buffer_size, config.min_count)
-    num_elements = torch.Size(policy.latent_shape).numel()
-    clip_range = default_clip_range(num_elements, config.reduction) if config.clip_range is None else config.clip_range
-    pair = 2 if config.objective == "rebel" else 1
-    batch_size = config.num_prompts * config.group_size
-    start = 0
-    if resume is not None:
-        counts = unpack(resume, parameters, optimizer, generator)
-        start, policy.network_evaluations = counts["number"], counts["network_evaluations"]
-        statistics.load(resume)
-    own_items = own_rows(batch_size // pair, policy.device)
-    own = (own_items.unsqueeze(1) * pair + torch.arange(pair, device=policy.device)).flatten()
-    updates = start * config.num_minibatches
-
-    for number in range(start, config.num_iterations):
-        lap, policy.terminal_std = timer(), config.terminal_std
-        drawn = torch.randint(len(prompts), (config.num_prompts,), generator=generator)
-        batch = [prompts[i] for i in drawn.tolist() for _ in range(config.group_size)]
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    statistics = Statistics(last=config.buffer_size)
+    run = Run(config, optimizer, generator, resume, [policy], statistics=statistics, reward=reward)
+    clip_range, pair = clip_range_of(policy, config), 2 if config.objective == "rebel" else 1
+    for number in run.rounds():
+        policy.terminal_std = config.terminal_std
+        batch = run.draw(prompts, config.num_prompts, config.group_size, unit=pair)
         with torch.no_grad():
-            noise = policy.draw_noise(batch_size, generator)[own]
-            own_prompts = [batch[i] for i in own.tolist()]
-            traj = policy.rollout(own_prompts, noise, reduction=config.reduction)
-            rewards = gather_rows(checked(reward, policy.decode(traj.final), own_prompts), own, batch_size)
-            advantages = statistics.update(batch, rewards)[own].clamp(-config.advantage_clip, config.advantage_clip)
+            noise = policy.draw_noise(len(batch), run.generator)[batch.own]
+            traj = policy.rollout(batch.own_prompts, noise, reduction=config.reduction)
+            rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
+            advantages = prompt_advantages(statistics, batch.prompts, rewards, config.min_count)[batch.own]
+            advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
-        infos, norms = [], []
         progress = 1 - (1 - config.final_lr_fraction) * number / config.num_iterations
-        for minibatch in torch.randperm(batch_size // pair, generator=generator).tensor_split(config.num_minibatches):
-            mine = torch.isin(own_items, minibatch.to(policy.device)).nonzero().flatten()
-            share = len(mine) / len(minibatch)  # this process's weight in the mean over the global minibatch
-            if len(mine):
-                rows = torch.cat([mine * pair + i for i in range(pair)])
-                loss, info = round_loss(policy, traj, rows, advantages, clip_range, config)
-                (loss * share).backward()
-                infos.append(info)
-            sum_gradients(parameters)
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-            updates += 1
-            warm = min(1, updates / max(1, config.warmup_updates))
-            optimizer.param_groups[0]["lr"] = config.learning_rate * progress * warm
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        pairs = torch.arange(len(batch), device=policy.device).view(-1, pair)
+        for mini in run.minibatches(pairs, config.num_minibatches, batch.own):
+            if len(mini.rows):
+                loss, info = round_loss(policy, traj, mini.rows.T.flatten(), advantages, clip_range, config)
+                run.backward(loss, info, mini.share)
+            run.update(progress)
         policy.terminal_std = usual
 
-        metrics = {name: torch.stack([info[name] for info in infos]).mean() for name in infos[0]}
-        metrics |= {
-            "reward": rewards.mean(),
-            "reward_std": rewards.std(correction=0),
-            "grad_norm": torch.stack(norms).mean(),
-        }
-        evaluations = int(sum_over_processes(torch.tensor(policy.network_evaluations, device=policy.device)))
-        yield Step(
-            number,
-            metrics,
-            evaluations,
-            (number + 1) * batch_size,
-            lap(),
-            lambda done=number + 1: (
-                pack(parameters, optimizer, generator, number=done, network_evaluations=policy.network_evaluations)
-                | statistics.tensors()
-            ),
-        )
+        yield run.step(reward_metrics(rewards), reward_queries=len(batch))

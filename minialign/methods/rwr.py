@@ -3,9 +3,9 @@
 Sample from the model, weight the samples by their rewards, and go on training with the usual denoising loss. It needs
 no density, but the loss bounds the likelihood only loosely, and several passes take the model off its own samples.
 
-    weights softmax(beta r) within each prompt (RWR, section 4.2)           softmax_weights
-    the best share of each prompt's samples, weighted 1 (RWR-sparse)      top_weights
-    E[w |noise - noise_pred|^2] over all training timesteps               policy.training_error
+    w_i = exp(beta r_i) / sum_j exp(beta r_j) within each prompt (RWR, section 4.2)    softmax_weights
+    w_i = 1 for the best share of each prompt's samples, else 0 (RWR-sparse)           top_weights
+    E[w |noise - noise_pred|^2] over all training timesteps                            policy.training_error
 
 As in the paper: rounds of sampling and regression, weights carried on. Samples are drawn in proportion to their
 weights, which has the same expectation as weighting the loss. The regression is unguided.
@@ -13,26 +13,28 @@ weights, which has the same expectation as weighting the loss. The regression is
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from minialign.loop import Step, pack, timer, unpack
+from minialign.loop import Run, Step, reward_metrics
 from minialign.rewards import checked
+from minialign.settings import Count, Limit, NonNegative, Positive, Settings, Share
 
 
 @dataclass(frozen=True)
-class Config:
-    num_iterations: int = 10  # rounds of: sample, weight, regress
-    batch_size: int = 1024  # samples, and reward queries, per round
-    num_updates: int = 100  # optimizer steps per round
-    minibatch_size: int = 256  # samples per optimizer step, drawn by weight
-    weighting: str = "softmax"  # "softmax": RWR; "top": RWR-sparse
-    beta: float = 5.0  # inverse temperature of the softmax, per unit of reward
-    keep: float = 0.5  # share of each prompt's samples that RWR-sparse keeps
-    learning_rate: float = 1e-3  # AdamW
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0  # l2
+class Config(Settings):
+    num_iterations: Count = 10  # rounds of: sample, weight, regress
+    batch_size: Count = 1024  # samples, and reward queries, per round
+    num_updates: Count = 100  # optimizer steps per round
+    minibatch_size: Count = 256  # samples per optimizer step, drawn by weight
+    weighting: Literal["softmax", "top"] = "softmax"  # RWR; RWR-sparse
+    beta: NonNegative = 5.0  # inverse temperature of the softmax, per unit of reward
+    keep: Share = 0.5  # share of each prompt's samples that RWR-sparse keeps
+    learning_rate: Positive = 1e-3  # AdamW
+    weight_decay: NonNegative = 1e-4
+    max_grad_norm: Limit = 1.0  # l2
 
 
 def softmax_weights(rewards: Tensor, group: Tensor, beta: float) -> Tensor:
@@ -62,54 +64,41 @@ def top_weights(rewards: Tensor, group: Tensor, keep: float, tiebreak: Tensor) -
     return (rank < kept[group]).to(rewards.dtype) / kept[group]
 
 
-def train(policy, reward, prompts, config=Config(), generator=None, resume=None) -> Iterator[Step]:
-    """Trains `policy` in place; yields a `Step` a round. generator: a CPU torch.Generator (seed 0 if None)."""
-    if config.weighting not in ("softmax", "top"):
-        raise ValueError(f"weighting is {config.weighting!r}; expected 'softmax' or 'top'.")
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    parameters = policy.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    start = 0
-    if resume is not None:
-        counts = unpack(resume, parameters, optimizer, generator)
-        start, policy.network_evaluations = counts["number"], counts["network_evaluations"]
+def regression_loss(policy, traj, rows: Tensor, here: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean denoising error of trajectories `rows`, those `here` of a minibatch whose levels and noise are all drawn."""
+    levels = policy.draw_levels(len(here), generator)[here]
+    shape = (len(here), *traj.final.shape[1:])
+    noise = torch.randn(shape, generator=generator, dtype=traj.final.dtype).to(policy.device)[here]
+    return policy.training_error(traj.final[rows], levels, noise, traj.condition[rows], reduction="mean").mean()
 
-    for number in range(start, config.num_iterations):
-        lap = timer()
-        drawn = torch.randint(len(prompts), (config.batch_size,), generator=generator)
-        batch = [prompts[i] for i in drawn.tolist()]
+
+def train(policy, reward, prompts, config=Config(), generator=None, resume=None) -> Iterator[Step]:
+    """Trains `policy` in place; yields a `Step` a round. generator: a CPU torch.Generator (seed 0 if None).
+
+    Under `torchrun` each process samples its own share of a round and regresses on it.
+    """
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    run = Run(config, optimizer, generator, resume, [policy], reward=reward)
+    for _ in run.rounds():
+        batch = run.draw(prompts, config.batch_size)
         with torch.no_grad():
-            traj = policy.rollout(batch, policy.draw_noise(config.batch_size, generator))
-            rewards = checked(reward, policy.decode(traj.final), batch)
-            group = torch.unique(drawn, return_inverse=True)[1].to(rewards.device)
+            noise = policy.draw_noise(len(batch), run.generator)[batch.own]
+            traj = policy.rollout(batch.own_prompts, noise)
+            rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
+            group = torch.unique(batch.drawn, return_inverse=True)[1]
             if config.weighting == "softmax":
                 weights = softmax_weights(rewards, group, config.beta)
             else:
-                weights = top_weights(
-                    rewards, group, config.keep, torch.rand(len(batch), generator=generator).to(rewards.device)
-                )
+                tiebreak = torch.rand(len(batch), generator=run.generator).to(rewards.device)
+                weights = top_weights(rewards, group, config.keep, tiebreak)
 
-        losses = []
         for _ in range(config.num_updates):
-            rows = torch.multinomial(weights.cpu(), config.minibatch_size, replacement=True, generator=generator)
-            rows = rows.to(policy.device)
-            levels = policy.draw_levels(len(rows), generator)
-            latents = traj.final[rows]
-            noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(policy.device)
-            loss = policy.training_error(latents, levels, noise, traj.condition[rows], reduction="mean").mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-
-        yield Step(
-            number,
-            {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), "loss": torch.stack(losses).mean()},
-            policy.network_evaluations,
-            (number + 1) * config.batch_size,
-            lap(),
-            lambda done=number + 1: pack(
-                parameters, optimizer, generator, number=done, network_evaluations=policy.network_evaluations
-            ),
-        )
+            drawn = torch.multinomial(weights.cpu(), config.minibatch_size, replacement=True, generator=run.generator)
+            drawn = drawn.to(policy.device)
+            here = torch.isin(drawn, batch.own)
+            rows = torch.searchsorted(batch.own, drawn[here])
+            loss = regression_loss(policy, traj, rows, here, run.generator)
+            if len(rows):
+                run.backward(loss, {"loss": loss}, len(rows) / len(drawn))
+            run.update()
+        yield run.step(reward_metrics(rewards), reward_queries=len(batch))
