@@ -82,7 +82,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     for _ in run.rounds():
         batch = run.draw(prompts, config.batch_size)
         with torch.no_grad():
-            noise = policy.draw_noise(len(batch), run.generator)[batch.own]
+            noise = policy.draw_noise(len(batch), run.generator, rows=batch.own)
             traj = policy.rollout(batch.own_prompts, noise)
             rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
             group = torch.unique(batch.drawn, return_inverse=True)[1]
