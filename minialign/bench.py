@@ -12,14 +12,15 @@ def floor_seconds(policy, forward: list[int], backward: list[int], prompts: list
     """Bare network passes: forward ones of so many rows each, then passes of so many rows forward and backward."""
     import torch
 
+    from minialign.policies.architectures import call_network
+
     condition = policy.encode([prompts[i % len(prompts)] for i in range(max(forward + backward))])
-    inputs = {k: v for k, v in condition.tensors.items() if not k.startswith("unconditional.")}
     states, parameters = policy.draw_noise(len(condition))[:, 0], policy.parameters()
     timesteps = policy.timesteps[:1].expand(len(condition))
 
     def call(rows: int):
-        output = policy.network(states[:rows], timesteps[:rows], **{k: v[:rows] for k, v in inputs.items()})
-        return getattr(output, "sample", output)
+        part = condition[torch.arange(rows, device=policy.device)]
+        return call_network(policy.network, states[:rows], timesteps[:rows], part.inputs | part.shared)
 
     started = time.perf_counter()
     with torch.no_grad():

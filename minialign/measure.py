@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Num
 from torch import Tensor
 
-from minialign.kernels import gaussian_kl
+from minialign.kernels import StepOut
 
 # ---------------------------------------------------------------------------------------------- distances to data
 
@@ -170,10 +170,9 @@ def path_kl(policy, trajectory, steps_per_pass: int = 4) -> Float[Tensor, "batch
         states = trajectory.states[rows, columns]
         steps = trajectory.steps.to(chunk.device)[columns]
         condition = trajectory.condition[rows]
-        ours = policy.step(states, steps, condition, reduction="sum")
-        base = policy.step(states, steps, condition, reduction="sum", reference=True)
-        kl = gaussian_kl(ours.mean.double(), base.mean.double(), ours.std.double(), reduction="sum")
-        total.index_add_(0, rows, kl)
+        outs = [policy.step(states, steps, condition, reduction="sum", reference=base) for base in (False, True)]
+        ours, base = (StepOut(*(part.double() for part in out)) for out in outs)
+        total.index_add_(0, rows, policy.step_kl(ours, base, "sum"))
     return total
 
 

@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 
 from minialign import measure
+from minialign.kernels import StepOut, gaussian_kl
 
 
 def rng(seed=0):
@@ -177,7 +178,10 @@ class Walk:
         move = 0 * self.theta[step] if reference else self.theta[step]
         # The move is scaled by the state's own sign, so that pairing a state with another step's std shows.
         mean = states + move[:, None, None] * (1 + states.abs())
-        return SimpleNamespace(mean=mean, std=self.std[step], next=next)
+        return StepOut(mean, mean, self.std[step], mean.flatten(1).sum(1), mean)
+
+    def step_kl(self, out, out_ref, reduction):
+        return gaussian_kl(out.mean, out_ref.mean, out.std, reduction)
 
 
 def walk(num_rows, theta, std, first=0):

@@ -9,9 +9,24 @@ from minialign.kernels.consistency import (
     lcm_guidance,
     lcm_timesteps,
 )
-from minialign.kernels.diffusion import ddim_alpha_bars, ddim_std, ddim_step, predict
+from minialign.kernels.diffusion import (
+    add_noise,
+    ddim_alpha_bars,
+    ddim_std,
+    ddim_step,
+    predict,
+    prediction_target,
+)
 from minialign.kernels.edm import edm_denoised, edm_scalings, karras_sigmas
-from minialign.kernels.gaussian import StepOut, at_least_float32, expand_as, gaussian_kl, gaussian_log_prob
+from minialign.kernels.gaussian import (
+    StepOut,
+    at_least_float32,
+    expand_as,
+    gaussian_kl,
+    gaussian_log_prob,
+    gaussian_step,
+    squared_error,
+)
 from minialign.kernels.language import (
     clipped_value_loss,
     gae,
@@ -36,6 +51,7 @@ from minialign.kernels.policy_gradient import (
 
 __all__ = [
     "StepOut",
+    "add_noise",
     "at_least_float32",
     "boundary_scalings",
     "clipped_surrogate",
@@ -52,6 +68,7 @@ __all__ = [
     "gae",
     "gaussian_kl",
     "gaussian_log_prob",
+    "gaussian_step",
     "group_advantages",
     "guidance_embedding",
     "karras_sigmas",
@@ -65,7 +82,9 @@ __all__ = [
     "masked_whiten",
     "means",
     "predict",
+    "prediction_target",
     "sample_tokens",
+    "squared_error",
     "token_entropy",
     "token_log_probs",
     "token_rewards",

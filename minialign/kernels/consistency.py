@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minialign.kernels.diffusion import PredictionType, predict
-from minialign.kernels.gaussian import Reduction, StepOut, at_least_float32, expand_as, gaussian_log_prob
+from minialign.kernels.gaussian import Reduction, StepOut, at_least_float32, expand_as, gaussian_step
 
 
 def boundary_scalings(
@@ -48,14 +48,13 @@ def consistency_step(
 ) -> StepOut:
     """Re-noise f's output to the NEXT level: N(signal f, std^2 I); signal^2 = alpha_bar', std^2 = 1 - alpha_bar'.
 
-    Scores `next` when it is given (detached: the gradient flows through f alone), else moves to mean + std * noise.
+    Scores `next` when it is given (detached: it is data), else moves to mean + std * noise, through which the gradient
+    flows; `StepOut` says what log_prob's gradient is.
     Where std = 0 (after the last call) `next` is the mean, and log_prob is nan or inf: there is no density.
     """
-    mean = expand_as(signal, denoised) * at_least_float32(denoised)
-    if next is None:
-        next = mean if noise is None else mean + expand_as(std, mean) * noise
-    next = next.detach().to(mean.dtype)
-    return StepOut(next, mean, std, gaussian_log_prob(next, mean, std, reduction))
+    denoised = at_least_float32(denoised)
+    mean = expand_as(signal, denoised) * denoised
+    return gaussian_step(denoised, mean, std, next=next, noise=noise, reduction=reduction)
 
 
 def lcm_timesteps(num_steps: int, original_steps: int = 50, style: str = "linspace") -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minialign.kernels.gaussian import Reduction, StepOut, at_least_float32, expand_as, gaussian_log_prob
+from minialign.kernels.gaussian import Reduction, StepOut, at_least_float32, expand_as, gaussian_step
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -29,7 +29,36 @@ def predict(
         return signal * state - noise * model_output, signal * model_output + noise * state
     if prediction_type == "sample":
         return model_output, (state - signal * model_output) / noise
-    raise ValueError(f"prediction_type is {prediction_type!r}; expected 'epsilon', 'v_prediction' or 'sample'.")
+    raise _unknown(prediction_type)
+
+
+def add_noise(
+    denoised: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], alpha_bar: Float[Tensor, "batch"]
+) -> Float[Tensor, "batch *dims"]:
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
+    alpha_bar = expand_as(alpha_bar, denoised)
+    return alpha_bar.sqrt() * denoised + (1 - alpha_bar).sqrt() * noise
+
+
+def prediction_target(
+    denoised: Float[Tensor, "batch *dims"],
+    noise: Float[Tensor, "batch *dims"],
+    alpha_bar: Float[Tensor, "batch"],
+    prediction_type: PredictionType,
+) -> Float[Tensor, "batch *dims"]:
+    """What a network of that type should say at `add_noise`'s x_t: `predict` of it gives (denoised, noise) back."""
+    alpha_bar = expand_as(alpha_bar, denoised)
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * denoised
+    if prediction_type == "sample":
+        return denoised
+    raise _unknown(prediction_type)
+
+
+def _unknown(prediction_type: str) -> ValueError:
+    return ValueError(f"prediction_type is {prediction_type!r}; expected 'epsilon', 'v_prediction' or 'sample'.")
 
 
 def ddim_std(
@@ -53,8 +82,8 @@ def ddim_step(
 ) -> StepOut:
     """x_t -> x_{t'} (DDIM eq. 12): N(sqrt(a') denoised + sqrt(1 - a' - sigma^2) noise_pred, sigma^2 I).
 
-    a = alpha_bar, a' = alpha_bar_next. Scores `next` when it is given, else moves to mean + sigma * noise. `next` is
-    detached: the gradient flows through the mean alone, as the score-function estimator asks. The gain
+    a = alpha_bar, a' = alpha_bar_next. Scores `next` when it is given (detached: it is data), else moves to
+    mean + sigma * noise, through which the gradient flows; `StepOut` says what log_prob's gradient is. The gain
     d mean / d noise_pred = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a) is negative. Where sigma = 0 (eta = 0) `next`
     equals the mean and log_prob is nan or inf: there is no density.
     """
@@ -63,10 +92,7 @@ def ddim_step(
     std = ddim_std(alpha_bar, alpha_bar_next, eta)
     direction = (1 - alpha_bar_next - std**2).clamp_min(0).sqrt()
     mean = expand_as(alpha_bar_next.sqrt(), state) * denoised + expand_as(direction, state) * noise_pred
-    if next is None:
-        next = mean if noise is None else mean + expand_as(std, mean) * noise
-    next = next.detach().to(mean.dtype)
-    return StepOut(next, mean, std, gaussian_log_prob(next, mean, std, reduction))
+    return gaussian_step(denoised, mean, std, next=next, noise=noise, reduction=reduction)
 
 
 def ddim_alpha_bars(

@@ -17,12 +17,19 @@ Reduction = Literal["sum", "mean"]
 
 
 class StepOut(NamedTuple):
-    """One stochastic step: `next` was sampled, or given and scored. `log_prob` in nats (per element under "mean")."""
+    """One stochastic step: `next` was sampled, or given and scored.
+
+    next: sampled as mean + std noise, it carries the gradient (pathwise); given, it is data and carries none.
+    log_prob: log N(next; mean, std^2 I) in nats (per element under "mean"), with `next` as data either way: its
+    gradient flows through the mean alone (score function). Of an attached sample it would be exactly 0, silently.
+    denoised: the guess of x_0 that the step was made from, in the latent space.
+    """
 
     next: Float[Tensor, "batch *dims"]
     mean: Float[Tensor, "batch *dims"]
     std: Float[Tensor, "batch"]
     log_prob: Float[Tensor, "batch"]
+    denoised: Float[Tensor, "batch *dims"]
 
 
 def expand_as(scalar: Float[Tensor, "batch"], x: Float[Tensor, "batch *dims"]) -> Float[Tensor, "batch *ones"]:
@@ -60,3 +67,28 @@ def gaussian_kl(
     """KL(N(mean, std^2 I) || N(mean_ref, std^2 I)) = |mean - mean_ref|^2 / (2 std^2). Symmetric: both share std."""
     mean, mean_ref, std = at_least_float32(mean), at_least_float32(mean_ref), at_least_float32(std)
     return reduce(0.5 * ((mean - mean_ref) / expand_as(std, mean)) ** 2, "batch ... -> batch", reduction)
+
+
+def gaussian_step(
+    denoised: Float[Tensor, "batch *dims"],
+    mean: Float[Tensor, "batch *dims"],
+    std: Float[Tensor, "batch"],
+    *,
+    next: Float[Tensor, "batch *dims"] | None,
+    noise: Float[Tensor, "batch *dims"] | None,
+    reduction: Reduction,
+) -> StepOut:
+    """The end of every Gaussian step: samples mean + std noise (no noise: the mean), or scores `next` if it is given.
+
+    See `StepOut` for the gradients: the sample is attached, the log-density is of a detached one.
+    """
+    sampled = mean if noise is None else mean + expand_as(std, mean) * noise
+    next = sampled if next is None else next.detach().to(mean.dtype)
+    return StepOut(next, mean, std, gaussian_log_prob(next.detach(), mean, std, reduction), denoised)
+
+
+def squared_error(
+    x: Float[Tensor, "batch *dims"], y: Float[Tensor, "batch *dims"], reduction: Reduction
+) -> Float[Tensor, "batch"]:
+    """|x - y|^2 a sample, in float32 at least: "sum" over its elements, or their "mean"."""
+    return reduce((at_least_float32(x) - at_least_float32(y)).square(), "batch ... -> batch", reduction)

@@ -205,7 +205,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
             window = progressive_window(number, config.num_iterations, config.first_window, last_window)
         batch = run.draw(prompts, config.num_prompts * config.num_branches // b, b, unit=b)
         with torch.no_grad():
-            noise = policy.draw_noise(len(batch), run.generator)[batch.own]
+            noise = policy.draw_noise(len(batch), run.generator, rows=batch.own)
             traj = branch_rollout(policy, batch.own_prompts[::b], noise, window, b, config.reduction)
             rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
             z = rearrange(history_zscore(history, batch.prompts, rewards), "(g b) -> g b", b=b)

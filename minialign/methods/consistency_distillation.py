@@ -120,8 +120,7 @@ def distillation_loss(
     noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(policy.device)
     own = own_rows(len(latents), policy.device)
     t, t_next, latents, noise = grid[n][own], grid_next[n][own], latents[own], noise[own]
-    a = expand_as(alpha_bar[t], latents)
-    states = a.sqrt() * latents + (1 - a).sqrt() * noise
+    states = policy.corrupt(latents, t, noise)
     condition, condition_teacher, scale = guided_condition(policy, teacher, prompts, own, config, generator)
     prediction = policy.denoise(states, t, condition)
     with torch.no_grad():

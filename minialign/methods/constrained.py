@@ -365,7 +365,7 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
         own_prompts = batch.own_prompts
         with torch.no_grad():
             size = (len(batch), config.num_tokens) if talks else (len(batch),)
-            noise = policy.draw_noise(*size, generator=run.generator)[batch.own.cpu() if talks else batch.own]
+            noise = policy.draw_noise(*size, run.generator, rows=batch.own)
             episodes = (respond if talks else denoise)(policy, own_prompts, noise, config)
             scores = torch.stack([checked(reward, episodes.samples, own_prompts).to(device) for reward in rewards], 1)
             scores, lengths = batch.gather(scores), batch.gather(episodes.mask.sum(1))

@@ -9,7 +9,7 @@ know. Treat a denoising run as an episode, pay the reward at its end, and do pol
     DDPO_SF: grad E r = E sum_t A grad log pi(x_{t-1} | x_t, c), eq. 3          num_minibatches=1: then rho is 1
     DDPO_IS: max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), eq. 4 with PPO's clip kernels.clipped_surrogate
     rho = pi(x_{t-1} | x_t, c) / pi_old(x_{t-1} | x_t, c)                       the same
-    KL(p_theta || p_ref) = |mu_theta - mu_ref|^2 / (2 sigma_t^2), DPOK          step_kl, "exact"
+    KL(p_theta || p_ref) = |mu_theta - mu_ref|^2 / (2 sigma_t^2), DPOK          policy.step_kl
     |noise_theta - noise_ref|^2, unweighted, in DPOK's code                     step_kl, "noise_mse"
 
 As in the authors' code, not the paper: log-probabilities are means over the latent's D elements (`reduction`), the loss
@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minialign.kernels import at_least_float32, clipped_surrogate, gaussian_kl, group_advantages, means, whiten
+from minialign.kernels import StepOut, at_least_float32, clipped_surrogate, group_advantages, means, whiten
 from minialign.loop import Run, Step, reward_metrics
 from minialign.rewards import checked
 from minialign.settings import Count, Limit, Natural, NonNegative, Settings, Share
@@ -104,16 +104,14 @@ def chosen_steps(num_rows: int, num_steps: int, fraction: float, generator: torc
     return torch.rand(num_rows, num_steps, generator=generator).argsort(1)[:, :count]
 
 
-def step_kl(
-    policy, output: Tensor, states: Tensor, step: Tensor, condition, mean: Tensor, std: Tensor, config: Config
-) -> Tensor:
+def step_kl(policy, output: Tensor, states: Tensor, step: Tensor, condition, out: StepOut, config: Config) -> Tensor:
     """DPOK's regulariser at stored states, (n,): the gradient goes through theta directly, not through the states."""
     with torch.no_grad():
         output_ref = policy.model_output(states, step, condition, reference=True)
     if config.kl == "noise_mse":
         return at_least_float32(output - output_ref).square().flatten(1).mean(1)
-    mean_ref = policy.step_from(output_ref, states, step, reduction=config.reduction).mean
-    return gaussian_kl(mean, mean_ref, std, config.reduction)
+    out_ref = policy.step_from(output_ref, states, step, reduction=config.reduction)
+    return policy.step_kl(out, out_ref, config.reduction)
 
 
 def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tensor, clip_range: float, config: Config):
@@ -125,7 +123,7 @@ def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tenso
         out.log_prob, log_prob_old, advantages[rows].repeat_interleave(steps.shape[1]), clip_range
     )
     if config.beta:
-        kl = step_kl(policy, output, states, step, condition, out.mean, out.std, config)
+        kl = step_kl(policy, output, states, step, condition, out, config)
         loss, info = loss + config.beta * kl, info | {"kl": kl.detach()}
     return loss.mean(), means(info)
 
@@ -153,7 +151,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     for _ in run.rounds():
         batch = run.draw(prompts, config.num_prompts, config.group_size)
         with torch.no_grad():
-            noise = policy.draw_noise(len(batch), run.generator)[batch.own]
+            noise = policy.draw_noise(len(batch), run.generator, rows=batch.own)
             traj = policy.rollout(batch.own_prompts, noise, reduction=config.reduction)
             rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
             advantages = round_advantages(rewards, batch.prompts, statistics, config)[batch.own]

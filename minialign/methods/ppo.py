@@ -193,7 +193,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     for number in run.rounds():
         batch, beta = run.draw(prompts, config.num_prompts, config.group_size), controller.beta
         with torch.no_grad():
-            noise = policy.draw_noise(len(batch), config.num_tokens, run.generator)[batch.own.cpu()]
+            noise = policy.draw_noise(len(batch), config.num_tokens, run.generator, rows=batch.own)
             own_prompts = batch.own_prompts
             responses = policy.generate(own_prompts, config.num_tokens, noise=noise, temperature=config.temperature)
             scores = checked(reward, responses.texts, own_prompts).to(policy.device)

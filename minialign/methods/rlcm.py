@@ -118,7 +118,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         policy.terminal_std = config.terminal_std
         batch = run.draw(prompts, config.num_prompts, config.group_size, unit=pair)
         with torch.no_grad():
-            noise = policy.draw_noise(len(batch), run.generator)[batch.own]
+            noise = policy.draw_noise(len(batch), run.generator, rows=batch.own)
             traj = policy.rollout(batch.own_prompts, noise, reduction=config.reduction)
             rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
             advantages = prompt_advantages(statistics, batch.prompts, rewards, config.min_count)[batch.own]

@@ -5,7 +5,7 @@ no density, but the loss bounds the likelihood only loosely, and several passes 
 
     w_i = exp(beta r_i) / sum_j exp(beta r_j) within each prompt (RWR, section 4.2)    softmax_weights
     w_i = 1 for the best share of each prompt's samples, else 0 (RWR-sparse)           top_weights
-    E[w |noise - noise_pred|^2] over all training timesteps                            policy.denoising_error
+    E[w |noise - noise_pred|^2] over all training timesteps                            policy.training_error
 
 As in the paper: rounds of sampling and regression, weights carried on. Samples are drawn in proportion to their
 weights, which has the same expectation as weighting the loss. The regression is unguided.
@@ -66,11 +66,10 @@ def top_weights(rewards: Tensor, group: Tensor, keep: float, tiebreak: Tensor) -
 
 def regression_loss(policy, traj, rows: Tensor, here: Tensor, generator: torch.Generator) -> Tensor:
     """Mean denoising error of trajectories `rows`, those `here` of a minibatch whose levels and noise are all drawn."""
-    num_train = policy.scheduler.config.num_train_timesteps
-    timesteps = torch.randint(num_train, (len(here),), generator=generator).to(policy.device)[here]
+    levels = policy.draw_levels(len(here), generator)[here]
     shape = (len(here), *traj.final.shape[1:])
     noise = torch.randn(shape, generator=generator, dtype=traj.final.dtype).to(policy.device)[here]
-    return policy.denoising_error(traj.final[rows], timesteps, noise, traj.condition[rows]).mean()
+    return policy.training_error(traj.final[rows], levels, noise, traj.condition[rows], reduction="mean").mean()
 
 
 def train(policy, reward, prompts, config=Config(), generator=None, resume=None) -> Iterator[Step]:
@@ -83,7 +82,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     for _ in run.rounds():
         batch = run.draw(prompts, config.batch_size)
         with torch.no_grad():
-            noise = policy.draw_noise(len(batch), run.generator)[batch.own]
+            noise = policy.draw_noise(len(batch), run.generator, rows=batch.own)
             traj = policy.rollout(batch.own_prompts, noise)
             rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
             group = torch.unique(batch.drawn, return_inverse=True)[1]

@@ -1,15 +1,18 @@
 """What every policy deals in: conditions, trajectories, and the single transitions that a loss picks from them."""
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minialign.kernels import StepOut, at_least_float32, expand_as
+from minialign.kernels import StepOut, add_noise, at_least_float32, expand_as, gaussian_kl
+from minialign.policies.architectures import call_network
+from minialign.policies.noise import row_noise
 from minialign.policies.trainable import Trainable
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -17,15 +20,33 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYWHERE = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv_in", "conv_out")
 
 
+class Encoded(NamedTuple):
+    """What an encoder makes of prompts: the first two have a row a prompt, `shared` has no row axis."""
+
+    inputs: dict[str, Tensor]
+    unconditional: dict[str, Tensor] = {}  # noqa: RUF012 (never written to)
+    shared: dict[str, Tensor] = {}  # noqa: RUF012
+
+
 @dataclass
 class Condition:
-    """Named inputs of the network, one row a sample; `condition[rows]` selects. `rows`: which prompt each came from."""
+    """Named inputs of the network; `condition[rows]` selects rows.
 
-    tensors: dict[str, Tensor]
+    inputs: a row a sample. unconditional: those without the prompt, of the same names, for guidance; empty if it is
+    off. shared: the same for every row, without a row axis (image ids, a guidance embedding); goes with any rows.
+    rows (n,): which of the distinct prompts each row came from.
+    """
+
+    inputs: dict[str, Tensor]
+    unconditional: dict[str, Tensor]
+    shared: dict[str, Tensor]
     rows: Tensor
 
     def __getitem__(self, index) -> "Condition":
-        return Condition({name: tensor[index] for name, tensor in self.tensors.items()}, self.rows[index])
+        inputs, unconditional = (
+            {name: tensor[index] for name, tensor in part.items()} for part in (self.inputs, self.unconditional)
+        )
+        return Condition(inputs, unconditional, self.shared, self.rows[index])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,6 +68,7 @@ class Trajectory:
 
     states (batch, S + 1, *latent); log_probs (batch, S) under the weights that rolled it out; steps (S,) indices into
     the policy's `timesteps`; timesteps (S,) the network's integers; final (batch, *latent) what `policy.decode` takes.
+    log_probs are data. states and final carry the sampler's graph where the rollout kept one.
     A run that started late, from the branching point of a tree, has `steps[0] > 0`.
     """
 
@@ -74,12 +96,14 @@ class Trajectory:
 class Policy(Trainable):
     """A network with a scheduler's noise levels, seen as a policy; what no sampler in particular is about.
 
-    encoder: prompts -> (inputs, unconditional inputs), two dicts of tensors with a row a prompt; or give `class_names`
-    for a class-conditional network (keyword `class_labels`; `null_class` is its label without condition), or neither.
+    encoder: distinct prompts -> (inputs[, unconditional inputs[, shared inputs]]), dicts of tensors: see `Encoded`; or
+    give `class_names` for a class-conditional network (keyword `class_labels`; `null_class` is its label without
+    condition), or neither. A prompt is anything hashable that the encoder knows.
     guidance_scale g: e_u + g (e_c - e_u), 1 is off; a guided evaluation counts 2.
     network_evaluations counts rows; a row that will be differentiated counts 3 (its backward pass costs 2 forward).
 
-    A subclass says what a step is: `set_num_steps` (the grid), `num_actions`, `step_from`, `check_density`.
+    A subclass says what a step is: `set_num_steps` (the grid), `num_actions`, `step_from`, `check_density`; and what
+    its training loss is: `draw_levels`, `corrupt`, `training_error`.
     """
 
     def __init__(
@@ -88,8 +112,8 @@ class Policy(Trainable):
         scheduler,
         *,
         latent_shape: tuple[int, ...] | None = None,
-        encoder: Callable[[list[str]], tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
-        class_names: Sequence[str] | None = None,
+        encoder: Callable[[list], tuple[dict[str, Tensor], ...]] | None = None,
+        class_names: Sequence[Hashable] | None = None,
         null_class: int | None = None,
         decoder: Callable[[Tensor], Tensor] | None = None,
         num_steps: int,
@@ -121,7 +145,7 @@ class Policy(Trainable):
         parameter = next(self.network.parameters())
         self.device, self.state_dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
 
-    def to(self, device: torch.device | str) -> "DiffusionPolicy":
+    def to(self, device: torch.device | str) -> "Policy":
         """Moves the network (and the pipeline's other modules) in place; trajectories and noise follow it."""
         self.network.to(device)
         if self.pipeline is not None:
@@ -149,7 +173,10 @@ class Policy(Trainable):
             add(config) if add else inject_adapter_in_model(config, self.network)
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Writes what was trained: LoRA in the format of diffusers' `load_lora_weights`, else all trainable weights."""
+        """Writes what was trained: LoRA in the format of diffusers' `load_lora_weights`, else all trainable weights.
+
+        LoRA is written by the pipeline's own class; of a bare network, as a StableDiffusionPipeline's.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         if not self._adapters():
             self._save_trainable(folder)
@@ -160,11 +187,12 @@ class Policy(Trainable):
         # in peft's own key names: diffusers' converter renames attention alone, and its loader then misses the rest
         layers = get_peft_model_state_dict(self.network)
         config = self.network.peft_config["default"].to_dict()  # rank and alpha: without them the scale would be lost
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+        kind = StableDiffusionPipeline if self.pipeline is None else type(self.pipeline)
+        kind.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
 
     # ---------------------------------------------------------------- the policy
 
-    def encode(self, prompts: Sequence[str], guided: bool | None = None) -> Condition:
+    def encode(self, prompts: Sequence, guided: bool | None = None) -> Condition:
         """The network's inputs for each prompt; equal prompts are encoded once. Raises ValueError for an empty list.
 
         guided: whether to include the inputs without prompt; None: if guidance_scale is not 1.
@@ -173,22 +201,35 @@ class Policy(Trainable):
             raise ValueError(f"prompts is the string {prompts!r}; expected a list of strings: [{prompts!r}].")
         if len(prompts) == 0:
             raise ValueError("prompts is empty; give at least one.")
-        unique = list(dict.fromkeys(prompts))
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=self.device)
-        inputs, unconditional = self._encoder(unique)
-        guided = (
-            {f"unconditional.{name}": value for name, value in unconditional.items()}
-            if (self.guidance_scale != 1 if guided is None else guided)
-            else {}
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, Hashable):
+                raise ValueError(
+                    f"prompt {i} is the {type(prompt).__name__} {prompt!r}; expected something hashable, to tell equal "
+                    "prompts from others: a string, a number, a tuple, a frozen dataclass."
+                )
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
+        encoded = Encoded(*self._encoder(list(row_of)))
+        guided = self.guidance_scale != 1 if guided is None else guided
+        inputs, unconditional = (
+            {name: value.to(self.device)[rows] for name, value in part.items()}
+            for part in (encoded.inputs, encoded.unconditional if guided else {})
         )
-        tensors = {name: value.to(self.device)[rows] for name, value in (inputs | guided).items()}
-        return Condition(tensors, rows)
+        shared = {name: value.to(self.device) for name, value in encoded.shared.items()}
+        return Condition(inputs, unconditional, shared, rows)
 
-    def draw_noise(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """All the randomness of a rollout: (num_samples, S + 1, *latent); [:, 0] starts it, [:, i + 1] is step i's."""
-        shape = (num_samples, self.num_steps + 1, *self.latent_shape)
-        device = generator.device if generator is not None else self.device
-        return torch.randn(shape, generator=generator, device=device, dtype=self.state_dtype).to(self.device)
+    def draw_noise(
+        self,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        rows: Iterable[int] | Tensor | None = None,
+    ) -> Tensor:
+        """All the randomness of a rollout: (num_samples, S + 1, *latent); [:, 0] starts it, [:, i + 1] is step i's.
+
+        rows: only these, what draw_noise(num_samples, generator)[rows] would be; the others are not drawn.
+        """
+        shape = (self.num_steps + 1, *self.latent_shape)
+        return row_noise("standard_normal", num_samples, shape, self.state_dtype, generator, rows).to(self.device)
 
     def model_output(self, states: Tensor, step: Tensor | int, condition: Condition, reference: bool = False) -> Tensor:
         """What the network says at `states`, guided: noise, v or x0 as the scheduler's prediction_type has it."""
@@ -200,40 +241,38 @@ class Policy(Trainable):
         timesteps: Tensor,
         condition: Condition,
         reference: bool = False,
-        guidance_scale: Tensor | None = None,
+        guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """The same at any training timesteps (n,), on the sampler's grid or not; guidance_scale (n,): a row its own."""
-        inputs = {k: v for k, v in condition.tensors.items() if not k.startswith("unconditional.")}
-        if guidance_scale is None and self.guidance_scale == 1:
-            return self._call(states, timesteps, inputs, reference)
-        unguided = {k.removeprefix("unconditional."): v for k, v in condition.tensors.items() if k not in inputs}
-        if unguided.keys() != inputs.keys():
+        """The same at any training timesteps (n,), on the sampler's grid or not.
+
+        guidance_scale: the policy's own by default; another for all, 1 being off; or (n,), a row its own.
+        """
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if not isinstance(scale, Tensor) and scale == 1:
+            return self._call(states, timesteps, condition.inputs | condition.shared, reference)
+        if condition.unconditional.keys() != condition.inputs.keys():
             raise ValueError(
                 "this condition was encoded with guidance_scale = 1; encode the prompts again to use guidance."
             )
-        both = {name: torch.cat([unguided[name], inputs[name]]) for name in inputs}
+        both = {name: torch.cat([condition.unconditional[name], value]) for name, value in condition.inputs.items()}
         unconditional, conditional = self._call(
-            torch.cat([states, states]), timesteps.repeat(2), both, reference
+            torch.cat([states, states]), timesteps.repeat(2), both | condition.shared, reference
         ).chunk(2)
-        scale = self.guidance_scale if guidance_scale is None else expand_as(guidance_scale, states)
+        scale = expand_as(scale, states) if isinstance(scale, Tensor) else scale
         return unconditional + scale * (conditional - unconditional)
 
     def _call(self, states: Tensor, timesteps: Tensor, inputs: dict[str, Tensor], reference: bool) -> Tensor:
         differentiated = torch.is_grad_enabled() and not reference
         self.network_evaluations += len(states) * (3 if differentiated else 1)
-        added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}  # Stable Diffusion XL
-        if added:
-            inputs = {name: value for name, value in inputs.items() if name not in added} | {"added_cond_kwargs": added}
-        states = states.to(next(self.network.parameters()).dtype)
-        network = self._reference_call if reference else self.network
-        output = network(states, timesteps, **inputs)
-        return getattr(output, "sample", output)
+        call = self._reference_call if reference else partial(call_network, self.network)
+        return call(states, timesteps, inputs)
 
     @torch.no_grad()
-    def _reference_call(self, states: Tensor, timesteps: Tensor, **inputs):
+    def _reference_call(self, states: Tensor, timesteps: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         if self._frozen_copy is not None:
-            return self._frozen_copy(states, timesteps, **inputs)
+            return call_network(self._frozen_copy, states, timesteps, inputs)
         if hasattr(self.network, "reference_forward"):  # exact worlds: the analytic score without its residual
+            states = states.to(next(self.network.parameters()).dtype)
             return self.network.reference_forward(states, timesteps, **inputs)
         adapters = self._adapters()
         if not adapters:
@@ -243,7 +282,7 @@ class Policy(Trainable):
         for module in adapters:
             module.enable_adapters(False)
         try:
-            return self.network(states, timesteps, **inputs)
+            return call_network(self.network, states, timesteps, inputs)
         finally:
             for module in adapters:
                 module.enable_adapters(True)
@@ -262,6 +301,7 @@ class Policy(Trainable):
         """One transition: scores `next` if given, else samples it with `noise`. states (n, *latent); step (n,) or int.
 
         `step` is an index into `timesteps`, not a timestep. reference=True: the same under the frozen base model.
+        A given `next` is data; a sampled one carries the gradient: see `StepOut`.
         """
         step = torch.as_tensor(step, device=self.device)
         output = self.model_output(states, step, condition, reference)
@@ -269,7 +309,7 @@ class Policy(Trainable):
 
     def rollout(
         self,
-        prompts: Sequence[str] | Condition,
+        prompts: Sequence[Hashable] | Condition,
         noise: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
@@ -277,53 +317,111 @@ class Policy(Trainable):
         states: Tensor | None = None,
         first: int = 0,
         last: int | None = None,
+        grad_steps: int | Iterable[int] | Tensor | None = None,
+        density: bool = True,
     ) -> Trajectory:
         """Runs steps `first` to `last` (excluded; all by default) and keeps every state and log-probability.
 
         noise: as from `draw_noise`, which is called if it is None. states: where to start from, noise[:, 0] by default:
         a branching rollout runs the prefix once, repeats its final states, and goes on from first = its length.
-        Wrap it in torch.no_grad() unless the gradient through the sampler is wanted. Raises ValueError where std = 0.
+        density=False: no log-probabilities (log_probs is (n, 0)), so deterministic samplers will do. Raises ValueError
+        where std = 0 otherwise.
+
+        The gradient runs through `states` and `final` (decode passes it on); under torch.no_grad() there is none.
+        grad_steps: which network calls keep their graph: None, all; an int K, the last K of this run; or any indices
+        into `timesteps`. With x the state, e the network's output at x, and a step x' = C x + D e + std noise:
+
+            step in grad_steps             dx'/dx = C + D de/dx,  dx'/dtheta = D de/dtheta
+            another one, behind the first  dx'/dx = C             (e is a constant, the sampler's own path stays)
+            before the first               none: the state there is data, and so is a noise that asks for a gradient
+
+        The last K: truncated back-propagation, exactly. A subset: d final / d theta sums its steps' own terms, carried
+        to the end by the factors above. A graphed call counts 3 network evaluations, another 1.
         """
-        self.check_density()
+        if density:
+            self.check_density()
         condition = prompts if isinstance(prompts, Condition) else self.encode(prompts)
         noise = self.draw_noise(len(condition), generator) if noise is None else noise
-        steps = torch.arange(self.num_actions, device=self.device)[first:last]
+        steps = range(self.num_actions)[first:last]
+        calls = range(steps.start, self.num_steps) if last is None else steps
+        graphed = graphed_steps(calls, grad_steps)
         path, log_probs = [noise[:, 0] if states is None else states], []
-        for out in self._walk(path[0], steps, condition, noise, reduction):
-            path.append(out.next)
-            log_probs.append(out.log_prob)
+        final = path[0]
+        for i, out in zip(calls, self._walk(final, calls, condition, noise, reduction, graphed), strict=True):
+            final = out.next
+            if i in steps:  # a deterministic last call is no action: it only makes the sample
+                path.append(out.next)
+                log_probs.append(out.log_prob.detach())
         states = torch.stack(path, 1)
-        log_probs = torch.stack(log_probs, 1) if log_probs else states.new_empty(len(states), 0)
-        final = self._after_actions(path[-1], condition) if last is None else path[-1]
+        log_probs = torch.stack(log_probs, 1) if log_probs and density else states.detach().new_empty(len(states), 0)
+        steps = torch.arange(self.num_actions, device=self.device)[first:last]
         return Trajectory(states, log_probs, steps, self.timesteps[steps], condition, final)
 
-    def _after_actions(self, states: Tensor, condition: Condition) -> Tensor:
-        """What follows the last step that has a density: nothing, unless the sampler ends with a deterministic call."""
-        return states
-
     def _walk(
-        self, states: Tensor, steps: Tensor, condition: Condition, noise: Tensor, reduction: str
+        self,
+        states: Tensor,
+        steps: range,
+        condition: Condition,
+        noise: Tensor,
+        reduction: str,
+        graphed: Collection[int] = (),
     ) -> Iterator[StepOut]:
-        for i in range(len(steps)):
-            out = self.step(states, steps[i], condition, noise=noise[:, steps[i] + 1], reduction=reduction)
+        enabled, first = torch.is_grad_enabled(), min(graphed, default=self.num_steps)
+        for i in steps:
+            with torch.set_grad_enabled(enabled and i in graphed):
+                output = self.model_output(states, i, condition)
+            with torch.set_grad_enabled(enabled and i >= first):
+                out = self.step_from(output, states, i, noise=noise[:, i + 1], reduction=reduction)
             states = out.next
             yield out
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[str], noise: Tensor | None = None, *, generator: torch.Generator | None = None
+        self, prompts: Sequence[Hashable], noise: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Decoded samples, one a prompt; keeps no path and needs no density, so eta = 0 will do."""
+        """Decoded samples, one a prompt; keeps no path and needs no density, so eta = 0 will do. No gradient: for one,
+        decode what a rollout ends with."""
         condition = self.encode(prompts)
         noise = self.draw_noise(len(condition), generator) if noise is None else noise
         states = noise[:, 0]
-        for out in self._walk(states, torch.arange(self.num_steps, device=self.device), condition, noise, "mean"):
+        for out in self._walk(states, range(self.num_steps), condition, noise, "mean"):
             states = out.next
         return self.decode(states)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (n, *latent) to samples: images (n, channels, height, width) in [0, 1], or the latents themselves."""
+        """Latents (n, *latent) to samples: images (n, channels, height, width) in [0, 1], or the latents themselves.
+
+        Differentiable; where an image was clamped to [0, 1] its gradient is 0.
+        """
         return latents if self._decoder is None else self._decoder(latents)
+
+    def step_kl(self, out: StepOut, out_ref: StepOut, reduction: str) -> Tensor:
+        """KL(policy || reference) of one step from the same state, (n,), nats: that of two Gaussians of one std."""
+        return gaussian_kl(out.mean, out_ref.mean, out.std, reduction)
+
+    # ---------------------------------------------------------------- training on clean samples
+
+    def _draw_integers(self, high: int, n: int, generator: torch.Generator | None) -> Tensor:
+        device = generator.device if generator is not None else self.device
+        return torch.randint(high, (n,), generator=generator, device=device).to(self.device)
+
+    def corrupt(self, latents: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise at `levels` (n,), training timesteps."""
+        return add_noise(latents, noise, self._alphas_cumprod[levels])
+
+
+def graphed_steps(calls: range, grad_steps: int | Iterable[int] | Tensor | None) -> frozenset[int]:
+    """Which network calls keep their graph; see `Policy.rollout`. Raises ValueError for calls that are not made."""
+    if grad_steps is None:
+        return frozenset(calls)
+    if isinstance(grad_steps, int):
+        if not 0 <= grad_steps <= len(calls):
+            raise ValueError(f"grad_steps is {grad_steps}; this run has 0 to {len(calls)} last network calls to keep.")
+        return frozenset(calls[len(calls) - grad_steps :])
+    chosen = frozenset(int(i) for i in grad_steps)
+    if missed := sorted(chosen - set(calls)):
+        raise ValueError(f"grad_steps names step {missed[0]}; this run calls the network at {list(calls)}.")
+    return chosen
 
 
 def check_pipeline(pipe) -> None:
@@ -361,20 +459,21 @@ def _latent_shape(network: nn.Module) -> tuple[int, ...]:
     return (config.in_channels, *((size, size) if isinstance(size, int) else size))
 
 
-def _class_encoder(class_names: Sequence[str] | None, null_class: int | None):
+def _class_encoder(class_names: Sequence[Hashable] | None, null_class: int | None):
     """Prompts that are the names of classes; without names, every prompt is accepted and means nothing."""
     labels = {name: i for i, name in enumerate(class_names or ())}
 
-    def encode(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(prompts: list[Hashable]) -> Encoded:
         if not labels:
-            return {}, {}
+            return Encoded({})
         for prompt in prompts:
             if prompt not in labels:
-                near = difflib.get_close_matches(prompt, labels, n=1)
+                known = [str(name) for name in labels]
+                near = difflib.get_close_matches(str(prompt), known, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"unknown prompt {prompt!r}; {hint}This policy knows: {', '.join(labels)}.")
+                raise ValueError(f"unknown prompt {prompt!r}; {hint}This policy knows: {', '.join(known)}.")
         unconditional = {} if null_class is None else {"class_labels": torch.full((len(prompts),), null_class)}
-        return {"class_labels": torch.tensor([labels[prompt] for prompt in prompts])}, unconditional
+        return Encoded({"class_labels": torch.tensor([labels[prompt] for prompt in prompts])}, unconditional)
 
     return encode
 
@@ -383,7 +482,7 @@ def _pipeline_encoder(pipe):
     """The pipeline's own encode_prompt. XL pipelines add pooled embeddings, and want the image's size (time_ids)."""
 
     @torch.no_grad()
-    def encode(prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def encode(prompts: list[str]) -> Encoded:
         encoded = pipe.encode_prompt(
             prompts, device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=True
         )
@@ -393,7 +492,7 @@ def _pipeline_encoder(pipe):
             time_ids = encoded[0].new_tensor([[side, side, 0, 0, side, side]]).expand(len(prompts), 6)
             inputs |= {"text_embeds": encoded[2], "time_ids": time_ids}
             unconditional |= {"text_embeds": encoded[3], "time_ids": time_ids}
-        return inputs, unconditional
+        return Encoded(inputs, unconditional)
 
     return encode
 

@@ -9,11 +9,19 @@ noise behind it, in rollouts only, so that the last call becomes an action too.
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from minialign.kernels import StepOut, consistency_function, consistency_step, guidance_embedding, lcm_guidance
+from minialign.kernels import (
+    StepOut,
+    consistency_function,
+    consistency_step,
+    guidance_embedding,
+    lcm_guidance,
+    squared_error,
+)
 from minialign.policies.base import Condition, Policy, check_pipeline, pipeline_modules
 
 
@@ -122,7 +130,34 @@ class ConsistencyPolicy(Policy):
         if not self.guidance_dim:
             return condition
         embedded = guidance_embedding(lcm_guidance(guidance_scale.float()), self.guidance_dim)
-        return Condition(condition.tensors | {"timestep_cond": embedded}, condition.rows)
+        return replace(condition, inputs=condition.inputs | {"timestep_cond": embedded})
+
+    # ---------------------------------------------------------------- training on clean samples
+
+    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n timesteps, each of the solver's grid (19, 39, ..., 999 for fifty steps) with the same chance."""
+        config = self.scheduler.config
+        stride = config.num_train_timesteps // config.original_inference_steps
+        return stride * (self._draw_integers(config.original_inference_steps, n, generator) + 1) - 1
+
+    def training_error(
+        self,
+        latents: Tensor,
+        levels: Tensor,
+        noise: Tensor,
+        condition: Condition,
+        *,
+        reduction: str,
+        reference: bool = False,
+    ) -> Tensor:
+        """Squared error of f(x_t, t) against x_0, a sample (n,); unguided, unless the network embeds the guidance.
+
+        Its minimum is the mean of x_0 given x_t, f's value on the trajectory only where one clean point follows from
+        x_t: it fits single samples, as supervised and preference losses want; what makes f consistent is distillation.
+        """
+        states = self.corrupt(latents, levels, noise)
+        output = self.output_at(states, levels, condition, reference, guidance_scale=1.0)
+        return squared_error(self._consistent(output, states, levels), latents, reduction)
 
     def denoise(self, states: Tensor, timesteps: Tensor, condition: Condition, reference: bool = False) -> Tensor:
         """f(x, t, prompt), (n, *latent), at any training timesteps (n,)."""
@@ -145,18 +180,10 @@ class ConsistencyPolicy(Policy):
         signal, std = self._signal[step].expand(rows), self.std[step].expand(rows)
         return consistency_step(denoised, signal, std, reduction=reduction, next=next, noise=noise)
 
-    def _after_actions(self, states: Tensor, condition: Condition) -> Tensor:
-        """The last call, whose output is the sample; with a terminal_std it was an action already."""
-        if self.terminal_std:
-            return states
-        return self.denoise(states, self.timesteps[-1].expand(len(states)), condition)
-
     @torch.no_grad()
     def sample(self, prompts, noise: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Decoded samples, one a prompt, without terminal noise; one step will do."""
         condition = self.encode(prompts)
         noise = self.draw_noise(len(condition), generator) if noise is None else noise
-        states, steps = noise[:, 0], torch.arange(self.num_steps - 1, device=self.device)
-        for out in self._walk(states, steps, condition, noise, "mean"):
-            states = out.next
-        return self.decode(self.denoise(states, self.timesteps[-1].expand(len(states)), condition))
+        *_, out = self._walk(noise[:, 0], range(self.num_steps), condition, noise, "mean")
+        return self.decode(out.denoised)

@@ -8,9 +8,10 @@
 pipeline's text encoders and autoencoder. Guidance acts in sampling and in scoring alike, so both see one policy.
 """
 
+import torch
 from torch import Tensor
 
-from minialign.kernels import StepOut, at_least_float32, ddim_alpha_bars, ddim_std, ddim_step, expand_as
+from minialign.kernels import StepOut, ddim_alpha_bars, ddim_std, ddim_step, prediction_target, squared_error
 from minialign.policies.base import (
     ATTENTION,
     EVERYWHERE,
@@ -74,8 +75,9 @@ class DiffusionPolicy(Policy):
         self.num_steps = num_steps
         self._place()
         self.timesteps = self.scheduler.timesteps.to(self.device).long()
+        self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, self.state_dtype)
         self._alpha_bar, self._alpha_bar_next = ddim_alpha_bars(
-            self.scheduler.alphas_cumprod.to(self.device, self.state_dtype),
+            self._alphas_cumprod,
             self.timesteps,
             self.scheduler.config.num_train_timesteps // num_steps,
             float(getattr(self.scheduler, "final_alpha_cumprod", 1.0)),
@@ -105,23 +107,30 @@ class DiffusionPolicy(Policy):
                 "set_alpha_to_one=False)."
             )
 
-    def denoising_error(
-        self, latents: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition, reference: bool = False
-    ) -> Tensor:
-        """The training loss of a diffusion model, a sample: squared error of the (unguided) output, mean over elements.
+    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n of the scheduler's training timesteps, each with the same chance."""
+        return self._draw_integers(self.scheduler.config.num_train_timesteps, n, generator)
 
-        latents (n, *latent) are noised with `noise` to `timesteps` (n,), any of the scheduler's training timesteps.
+    def training_error(
+        self,
+        latents: Tensor,
+        levels: Tensor,
+        noise: Tensor,
+        condition: Condition,
+        *,
+        reduction: str,
+        reference: bool = False,
+    ) -> Tensor:
+        """The training loss of a diffusion model, a sample (n,): squared error of the (unguided) network output.
+
+        latents (n, *latent) are corrupted with `noise` to `levels` (n,), any training timesteps; the target is the
+        noise, v or x_0, as the scheduler's prediction_type says. reduction: "sum" over a sample's elements, or "mean".
+        The same levels and noise may be given again, for the other of a pair, or with reference=True (no gradient).
         """
-        alpha_bar = expand_as(self.scheduler.alphas_cumprod.to(self.device, self.state_dtype)[timesteps], latents)
-        states = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-        inputs = {k: v for k, v in condition.tensors.items() if not k.startswith("unconditional.")}
-        output = self._call(states, timesteps, inputs, reference)
-        target = {
-            "epsilon": noise,
-            "v_prediction": alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents,
-            "sample": latents,
-        }[self.scheduler.config.prediction_type]
-        return (at_least_float32(output) - target).square().flatten(1).mean(1)
+        states = self.corrupt(latents, levels, noise)
+        output = self.output_at(states, levels, condition, reference, guidance_scale=1.0)
+        alpha_bar, kind = self._alphas_cumprod[levels], self.scheduler.config.prediction_type
+        return squared_error(output, prediction_target(latents, noise, alpha_bar, kind), reduction)
 
     def step_from(
         self, output: Tensor, states: Tensor, step: Tensor | int, *, next=None, noise=None, reduction="mean"

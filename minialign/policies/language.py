@@ -12,7 +12,7 @@ it stand one position before it. Nothing is read from padding, so its content ca
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, sample_tokens, token_entropy, token_log_probs
+from minialign.policies.noise import row_noise
 from minialign.policies.trainable import Trainable
 
 
@@ -95,7 +96,8 @@ class LanguagePolicy(Trainable):
     them. It may carry a LoRA adapter already, as a PeftModel.
     fixed_length: responses have no EOS and always `num_tokens` tokens (enumerable worlds).
     network_evaluations counts sequences: each pass over one, or its generation token by token, counts 1, and 3 if it
-    will be differentiated. A critic with its own trunk counts on its own, one on the policy's trunk nothing.
+    will be differentiated; in half precision a generation is scored again, and counts 2. A critic with its own trunk
+    counts on its own, one on the policy's trunk nothing.
 
     Raises ValueError for a tokenizer without EOS, or with ids that the network does not have.
     """
@@ -345,10 +347,18 @@ class LanguagePolicy(Trainable):
                 f"network's context of {self.context}: shorten one of them."
             )
 
-    def draw_noise(self, num_samples: int, num_tokens: int, generator: torch.Generator | None = None) -> Tensor:
-        """All the randomness of a generation: uniform (num_samples, num_tokens), one number a token, float64."""
-        device = generator.device if generator is not None else torch.device("cpu")
-        return torch.rand(num_samples, num_tokens, generator=generator, device=device, dtype=torch.float64)
+    def draw_noise(
+        self,
+        num_samples: int,
+        num_tokens: int,
+        generator: torch.Generator | None = None,
+        rows: Iterable[int] | Tensor | None = None,
+    ) -> Tensor:
+        """All the randomness of a generation: uniform (num_samples, num_tokens), one number a token, float64, CPU.
+
+        rows: only these, what draw_noise(num_samples, num_tokens, generator)[rows] would be; the others are not drawn.
+        """
+        return row_noise("random", num_samples, (num_tokens,), torch.float64, generator, rows)
 
     @torch.no_grad()
     def generate(
@@ -364,7 +374,8 @@ class LanguagePolicy(Trainable):
 
         Stops when all have ended. noise: as from `draw_noise`, which is called if it is None; a row's response depends
         on its own prompt and noise alone. With a cache a token costs one position; log_probs of cached and of whole
-        passes agree to rounding (1e-6 in float32).
+        passes agree to rounding (1e-6 in float32). In half precision that rounding would move the first ratio from 1:
+        there log_probs are those of `score`, from one more pass over the responses, which counts as an evaluation.
         """
         if num_tokens < 1 or not temperature > 0:
             raise ValueError(
@@ -395,10 +406,13 @@ class LanguagePolicy(Trainable):
                 if not running.any():
                     break
         tokens, mask = torch.stack(tokens, 1), torch.stack(mask, 1)
-        return Responses(
+        responses = Responses(
             prompt_tokens, prompt_mask, tokens, mask, torch.stack(log_probs, 1), ~running, list(prompts),
             self._texts(tokens, mask), float(temperature),
         )  # fmt: skip
+        if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.network.parameters()):
+            responses.log_probs = self.log_probs(responses)
+        return responses
 
     def sample(self, prompts: Sequence[str], *, num_tokens: int, generator: torch.Generator | None = None) -> list[str]:
         """The texts of `generate`, one to each prompt: what a reward takes."""

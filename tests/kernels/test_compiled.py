@@ -40,6 +40,13 @@ def step(prediction_type, **given):
 CASES = {
     "gaussian_log_prob": (lambda x, m, s: kernels.gaussian_log_prob(x, m, s, "sum"), (X, Y, STD)),
     "gaussian_kl": (lambda x, m, s: kernels.gaussian_kl(x, m, s, "mean"), (X, Y, STD)),
+    "gaussian_step": (
+        lambda x, m, s: kernels.gaussian_step(x, m, s, next=None, noise=Z, reduction="mean"),
+        (X, Y, STD),
+    ),
+    "squared_error": (lambda x, y: kernels.squared_error(x, y, "mean"), (X, Y)),
+    "add_noise": (lambda x, z, a: kernels.add_noise(x, z, a), (X, Y, A)),
+    "prediction_target": (lambda x, z, a: kernels.prediction_target(x, z, a, "v_prediction"), (X, Y, A)),
     "predict": (lambda o, s, a: kernels.predict(o, s, a, "v_prediction"), (X, Y, A)),
     "ddim_std": (lambda a, b: kernels.ddim_std(a, b, 0.8), (A, A_NEXT)),
     "ddim_step samples": (step("epsilon", noise=Z), (X, Y, A, A_NEXT)),

@@ -85,6 +85,12 @@ def test_a_step_scores_what_it_is_given(generator):
     out.log_prob.sum().backward()
     torch.testing.assert_close(denoised.grad, 0.6 * (given - 0.6 * denoised).detach() / 0.64)
     assert given.grad is None  # an action is data
+    noise = torch.randn(5, 3, generator=generator, dtype=F64)
+    sampled = consistency_step(denoised, signal, std, reduction="sum", noise=noise)
+    (pathwise,) = torch.autograd.grad(sampled.next.sum(), denoised, retain_graph=True)
+    (score,) = torch.autograd.grad(sampled.log_prob.sum(), denoised)
+    torch.testing.assert_close(pathwise, torch.full_like(pathwise, 0.6))
+    torch.testing.assert_close(score, 0.6 * noise / 0.8)  # the sample as data, not the constant noise
 
 
 def test_the_guidance_embedding_is_the_pipelines():

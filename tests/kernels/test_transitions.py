@@ -8,7 +8,19 @@ import torch
 from diffusers import DDIMScheduler
 from torch.autograd import gradcheck
 
-from minialign.kernels import StepOut, ddim_alpha_bars, ddim_std, ddim_step, gaussian_kl, gaussian_log_prob, predict
+from minialign.kernels import (
+    StepOut,
+    add_noise,
+    consistency_step,
+    ddim_alpha_bars,
+    ddim_std,
+    ddim_step,
+    gaussian_kl,
+    gaussian_log_prob,
+    predict,
+    prediction_target,
+    squared_error,
+)
 
 REDUCTIONS = ("sum", "mean")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -261,7 +273,7 @@ def test_late_steps_weigh_most():
     assert [round(r, 1) for r in ratio[2:]] == [3.3, 1.0]
 
 
-def test_next_is_detached_and_the_mean_carries_the_gradient():
+def test_a_given_next_is_data_and_a_sampled_one_carries_the_gradient():
     output, state = random(2, 3).requires_grad_(), random(2, 3, seed=1)
     a, a_next = f64(0.3, 0.6), f64(0.5, 0.8)
     given = random(2, 3, seed=2).requires_grad_()
@@ -271,9 +283,42 @@ def test_next_is_detached_and_the_mean_carries_the_gradient():
     gain = ((1 - a_next - out.std**2).sqrt() - (a_next * (1 - a) / a).sqrt()).unsqueeze(-1)
     torch.testing.assert_close(grads[0], gain * (given - out.mean) / out.std.unsqueeze(-1) ** 2)
     sampled = ddim_step(output, state, a, a_next, 1.0, reduction="sum", noise=random(2, 3, seed=4))
-    assert not sampled.next.requires_grad
-    assert sampled.log_prob.requires_grad  # not the constant that scoring a live sample would give
-    assert torch.autograd.grad(sampled.log_prob.sum(), output)[0].abs().min() > 1e-3
+    (pathwise,) = torch.autograd.grad(sampled.next.sum(), output, retain_graph=True)
+    torch.testing.assert_close(pathwise, gain.expand_as(output))
+    # The density is of the sample as data: that of a live sample, whose noise is a constant, has gradient 0 exactly.
+    (score,) = torch.autograd.grad(sampled.log_prob.sum(), output)
+    torch.testing.assert_close(score, gain * random(2, 3, seed=4) / out.std.unsqueeze(-1))
+    assert score.abs().min() > 1e-3
+
+
+def test_steps_say_what_they_took_for_the_sample():
+    """denoised: (x - sqrt(1 - a) noise_pred) / sqrt(a), or f's output; given or sampled alike."""
+    output, state, a, a_next = random(2, 3), random(2, 3, seed=1), f64(0.3, 0.6), f64(0.5, 0.8)
+    column = a.unsqueeze(-1)
+    for given in ({}, {"next": random(2, 3, seed=2)}, {"noise": random(2, 3, seed=2)}):
+        out = ddim_step(output, state, a, a_next, 1.0, reduction="sum", **given)
+        torch.testing.assert_close(out.denoised, (state - (1 - column).sqrt() * output) / column.sqrt())
+        out = consistency_step(state, a_next.sqrt(), (1 - a_next).sqrt(), reduction="sum", **given)
+        assert torch.equal(out.denoised, state)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_the_target_is_what_predicts_sample_and_noise(prediction_type):
+    x0, noise, alpha_bar = random(3, 2, 5, seed=1), random(3, 2, 5, seed=2), f64(0.9, 0.5, 0.05)
+    target = prediction_target(x0, noise, alpha_bar, prediction_type)
+    denoised, noise_pred = predict(target, add_noise(x0, noise, alpha_bar), alpha_bar, prediction_type)
+    torch.testing.assert_close(denoised, x0)
+    torch.testing.assert_close(noise_pred, noise)
+    with pytest.raises(ValueError, match="prediction_type is 'x0'; expected 'epsilon'"):
+        prediction_target.__wrapped__(x0, noise, alpha_bar, "x0")
+
+
+def test_squared_error_by_hand():
+    # Differences 1, -2 and 3, 0 (row 0), 0, .5 and 0, 0 (row 1): sums 14 and .25.
+    x = f64(1, -2, 3, 0, 0, 0.5, 0, 0).reshape(2, 2, 2)
+    assert squared_error(x, 0 * x, "sum").tolist() == [14, 0.25]
+    assert squared_error(x.bfloat16(), 0 * x.bfloat16(), "mean").tolist() == [3.5, 0.0625]
+    assert squared_error(x.bfloat16(), 0 * x.bfloat16(), "mean").dtype == torch.float32
 
 
 def test_step_gradcheck():
@@ -330,7 +375,7 @@ def test_precisions(dtype):
         assert got.dtype == expected_dtype
         torch.testing.assert_close(got.double(), expected, **tol)
     scored = ddim_step(x, mean, *levels, 1.0, reduction="mean", next=x)  # a stored state in half precision
-    assert [part.dtype for part in scored] == [expected_dtype] * 4
+    assert [part.dtype for part in scored] == [expected_dtype] * 5
 
 
 def test_a_column_of_stds_is_refused_by_name():

@@ -185,7 +185,7 @@ def test_no_guidance_is_the_conditional_teacher_and_equal_teachers_ignore_it():
     for g, same in ((1.0, True), (4.0, False)):
         guided = teacher.output_at(x, t, condition, guidance_scale=torch.full((4,), g))
         assert torch.allclose(guided, plain, atol=1e-5) == same
-    condition.tensors["unconditional.class_labels"] = condition.tensors["class_labels"]
+    condition.unconditional = condition.inputs
     equal = teacher.output_at(x, t, condition, guidance_scale=torch.full((4,), 4.0))
     torch.testing.assert_close(equal, plain, atol=1e-5, rtol=1e-5)
 

@@ -150,7 +150,7 @@ def test_exact_kl_weights_the_noise_error_by_the_step():
             x, step = traj.states[:, i], torch.full((6,), i)
             output = policy.model_output(x, step, traj.condition)
             out = policy.step_from(output, x, step, next=traj.states[:, i + 1], reduction="sum")
-            args = (policy, output, x, step, traj.condition, out.mean, out.std)
+            args = (policy, output, x, step, traj.condition, out)
             exact = ddpo.step_kl(*args, dataclasses.replace(SMALL, reduction="sum"))
             mse = ddpo.step_kl(*args, dataclasses.replace(SMALL, kl="noise_mse"))
             a, a_next, std = policy._alpha_bar[i], policy._alpha_bar_next[i], policy.std[i]

@@ -76,7 +76,10 @@ def test_the_last_call_gets_no_gradient_unless_it_is_followed_by_noise():
         policy.terminal_std = std
         traj = policy.rollout(["inner", "outer"], generator=torch.Generator().manual_seed(0))
         assert traj.log_probs.shape[1] == policy.num_actions == (4 if std else 3)
-        (gradient,) = torch.autograd.grad(traj.log_probs.sum(), weight)
+        rows, places = torch.arange(2), torch.arange(policy.num_actions).expand(2, -1)
+        batch = traj.transitions(rows, places)
+        scored = policy.step(batch.states.detach(), batch.step, batch.condition, next=batch.next)
+        (gradient,) = torch.autograd.grad(scored.log_prob.sum(), weight)
         touched[std] = (gradient.flatten(1) != 0).any(1).nonzero().flatten().tolist()
         clean = policy.denoise(traj.states[:, 3], policy.timesteps[3].expand(2), traj.condition)
         assert torch.equal(clean, traj.final) == (std == 0)

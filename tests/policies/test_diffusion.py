@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import class_conditional, sd_scheduler, stable_diffusion, stable_diffusion_xl
 
+from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
 
 PROMPTS = ["a dog", "a cat", "a dog"]
@@ -49,7 +50,7 @@ def test_transition_agrees_with_diffusers_own_step(prediction_type, eta, generat
         traj = policy.rollout(PROMPTS, noise)
         x = noise[:, 0]
         for i, t in enumerate(policy.timesteps):
-            output = policy.network(x, t, **traj.condition.tensors).sample
+            output = policy.network(x, t, **traj.condition.inputs).sample
             x = scheduler.step(output, t, x, eta=eta, variance_noise=noise[:, i + 1]).prev_sample
     torch.testing.assert_close(traj.final, x, atol=2e-5, rtol=1e-5)
 
@@ -127,6 +128,26 @@ def test_adapter_loads_in_diffusers_and_reproduces_the_images(sd, tmp_path, gene
     torch.testing.assert_close(other.sample(PROMPTS, noise), trained, atol=1e-5, rtol=1e-4)
 
 
+def test_an_adapter_is_written_by_the_pipelines_own_class(tmp_path, monkeypatch):
+    pipe = stable_diffusion_xl(tmp_path)
+    policy = DiffusionPolicy.from_pipeline(pipe, num_steps=3)
+    policy.add_lora(rank=2)
+    written = []
+    original = type(pipe).save_lora_weights
+    monkeypatch.setattr(
+        type(pipe), "save_lora_weights", lambda *args, **kwargs: written.append(type(pipe)) or original(*args, **kwargs)
+    )
+    policy.save_adapter(tmp_path / "adapter")
+    assert written == [type(pipe)]
+    other = stable_diffusion_xl(tmp_path)
+    other.load_lora_weights(tmp_path / "adapter")
+    loaded = {name: p for name, p in other.unet.named_parameters() if "lora" in name}
+    assert loaded and all(
+        torch.equal(p, dict(pipe.unet.named_parameters())[name.replace("default_0", "default")])
+        for name, p in loaded.items()
+    )
+
+
 @pytest.mark.parametrize("changes", [{"steps_offset": 0}, {"set_alpha_to_one": True, "steps_offset": 0}])
 def test_a_deterministic_last_step_is_refused(changes):
     policy = DiffusionPolicy(class_conditional(), sd_scheduler(**changes), class_names=("a dog",), num_steps=4)
@@ -175,7 +196,7 @@ def test_other_schedulers_become_ddim_on_the_same_noise_levels(sd):
     torch.testing.assert_close(policy.scheduler.alphas_cumprod, sd.scheduler.alphas_cumprod)
 
 
-def test_denoising_error_hits_each_target(generator):
+def test_training_error_hits_each_target(generator):
     from torch import nn
 
     class Echo(nn.Module):
@@ -192,5 +213,61 @@ def test_denoising_error_hits_each_target(generator):
     targets = {"epsilon": noise, "sample": x0, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * x0}
     for kind, target in targets.items():
         policy = DiffusionPolicy(Echo(target + 0.5), sd_scheduler(prediction_type=kind), latent_shape=(2,))
-        error = policy.denoising_error(x0, t, noise, policy.encode(["", "", ""]))
+        error = policy.training_error(x0, t, noise, policy.encode(["", "", ""]), reduction="mean")
         torch.testing.assert_close(error, torch.full((3,), 0.25))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "consistency"])
+def test_training_error_of_a_real_network(sd, kind, generator):
+    """Reductions differ by the number of elements; the reference's error is the base's, without gradient; a guided
+    policy trains unguided; levels lie on the grid that the policy may be asked for."""
+    policy = DiffusionPolicy.from_pipeline(sd, num_steps=3, guidance_scale=4.0)
+    if kind == "consistency":
+        policy = ConsistencyPolicy.from_pipeline(sd, num_steps=3, guidance_scale=4.0)
+    policy.add_lora(rank=2)
+    latents, noise = (torch.randn(3, *policy.latent_shape, generator=generator) for _ in range(2))
+    condition, levels = policy.encode(PROMPTS), policy.draw_levels(3, generator)
+    policy.network_evaluations = 0
+    base = policy.training_error(latents, levels, noise, condition, reduction="mean")
+    assert policy.network_evaluations == 3 * 3 and base.shape == (3,) and base.dtype == torch.float32
+    a = policy.scheduler.alphas_cumprod[levels].reshape(3, 1, 1, 1)
+    states = a.sqrt() * latents + (1 - a).sqrt() * noise
+    output = policy.network(states, levels, **condition.inputs).sample
+    expected, target = (output, noise) if kind == "diffusion" else (policy._consistent(output, states, levels), latents)
+    torch.testing.assert_close(base, (expected - target).square().flatten(1).mean(1))
+    total = policy.training_error(latents, levels, noise, condition, reduction="sum")
+    torch.testing.assert_close(total, base * latents[0].numel())
+    with torch.no_grad():
+        [p.add_(0.1) for p in policy.parameters()]
+    moved = policy.training_error(latents, levels, noise, condition, reduction="mean")
+    assert moved.requires_grad and (moved - base).abs().min() > 1e-6
+    reference = policy.training_error(latents, levels, noise, condition, reduction="mean", reference=True)
+    assert not reference.requires_grad
+    torch.testing.assert_close(reference, base.detach())
+
+
+def test_levels_cover_the_training_timesteps(sd, generator):
+    drawn = DiffusionPolicy.from_pipeline(sd).draw_levels(20_000, generator)
+    assert drawn.min() == 0 and drawn.max() == 999 and drawn.unique().numel() == 1000
+    drawn = ConsistencyPolicy.from_pipeline(sd).draw_levels(2000, generator)
+    assert drawn.unique().tolist() == list(range(19, 1000, 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["diffusion", "consistency"])
+def test_the_first_ratio_is_one_in_half_precision(sd, dtype, kind, generator):
+    """States, means and log-probabilities are float32: all steps scored in one batch give the rollout's own numbers."""
+    sd.to(dtype)
+    policy = DiffusionPolicy.from_pipeline(sd, num_steps=4, guidance_scale=3.0)
+    if kind == "consistency":
+        policy = ConsistencyPolicy.from_pipeline(sd, num_steps=4, guidance_scale=3.0)
+    policy.add_lora(rank=2)
+    with torch.no_grad():
+        [p.add_(0.1 * torch.randn(p.shape, generator=generator)) for p in policy.parameters()]
+        traj = policy.rollout(PROMPTS, generator=generator)
+    assert traj.states.dtype == traj.log_probs.dtype == torch.float32
+    batch = traj.transitions(torch.arange(3), torch.arange(policy.num_actions).expand(3, -1))
+    out = policy.step(batch.states, batch.step, batch.condition, next=batch.next)
+    ratio = (out.log_prob - batch.log_prob_old).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
+    assert policy.decode(traj.final).dtype == torch.float32
