@@ -19,9 +19,11 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from minialign import show as pictures
+from minialign.exact import GaussianMixture
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.worlds.base import WEIGHTS, World, missing_weights
-from minialign.worlds.gaussian import ExactDenoiser, GaussianMixture, ResidualMLP, scheduler
+from minialign.worlds.exact_denoiser import ExactDenoiser, ResidualMLP
+from minialign.worlds.gaussian import scheduler
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NULL_CLASS = 10  # the label that means "any digit": what guidance contrasts with
