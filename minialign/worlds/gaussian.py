@@ -11,6 +11,7 @@ Sheets: ddpo and b2diffurl (compass, line), rlcm (compass's rewards), diffusion_
 import difflib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -138,6 +139,21 @@ def on_mode(centre: Float[Tensor, "d"], radius: float) -> Callable[[Tensor, Sequ
 
 # Worlds -------------------------------------------------------------------------------------------------------------
 
+
+@dataclass(kw_only=True)
+class GaussianWorld(World):
+    """A world whose data is `mixture`; `modes` (m, d), `submodes` (m, 2, 2) and `mode_values` (m,) of those in the plane.
+
+    sampler: of `line`, its policy's own law in closed form.
+    """
+
+    mixture: GaussianMixture
+    modes: Tensor | None = None
+    submodes: Tensor | None = None
+    mode_values: Tensor | None = None
+    sampler: LinearGaussianSampler | None = None
+
+
 RESIDUALS = ("mlp", "per_step_linear", "per_step_scalar")
 
 
@@ -149,7 +165,7 @@ def load(
     residual: str | None = None,
     seed: int = 0,
     **settings: float,
-) -> World:
+) -> GaussianWorld:
     """compass, ring or line, its policy a perfect base model that has not been trained.
 
     residual: "mlp" (compass and ring's own), "per_step_linear" or "per_step_scalar" (line's own); `seed` draws the
@@ -211,16 +227,17 @@ def _policy(
     )
 
 
-def _compass(policy: Callable[..., DiffusionPolicy]) -> World:
+def _compass(policy: Callable[..., DiffusionPolicy]) -> GaussianWorld:
     mixture = compass()
+    base = policy(mixture, COMPASS_CLASSES, "mlp")
 
     def real(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, list[str]]:
         samples, component = mixture.sample(n, generator)
         return samples, [COMPASS_CLASSES[i % 2] for i in component.tolist()]
 
-    return World(
+    return GaussianWorld(
         name="compass",
-        policy=policy(mixture, COMPASS_CLASSES, "mlp"),
+        policies={"diffusion": lambda: base},
         prompts=list(COMPASS_CLASSES),
         rewards={
             "gold": gold,
@@ -233,35 +250,42 @@ def _compass(policy: Callable[..., DiffusionPolicy]) -> World:
         oracle=gold,
         real=real,
         show=gaussian_pictures.plane(mixture, lambda samples: nearest_mode(samples, compass_modes()), gold),
-        extras={"mixture": mixture, "modes": compass_modes(), "submodes": compass_submodes()},
+        mixture=mixture,
+        modes=compass_modes(),
+        submodes=compass_submodes(),
     )
 
 
-def _ring(policy: Callable[..., DiffusionPolicy], radius: float = 2.0, std: float = 0.25, num_modes: int = 8) -> World:
+def _ring(
+    policy: Callable[..., DiffusionPolicy], radius: float = 2.0, std: float = 0.25, num_modes: int = 8
+) -> GaussianWorld:
     mixture, modes = ring(radius, std, num_modes), ring_modes(radius, num_modes)
+    base = policy(mixture, None, "mlp")
     values = 1 - torch.arange(num_modes) / num_modes  # lopsided on purpose: mode 0, on the right, is the best
     oracle = on_mode(modes[0], 3 * std)
 
     def real(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, list[str]]:
         return mixture.sample(n, generator)[0], ["a point"] * n
 
-    return World(
+    return GaussianWorld(
         name="ring",
-        policy=policy(mixture, None, "mlp"),
+        policies={"diffusion": lambda: base},
         prompts=["a point"],
         rewards={"first_coordinate": first_coordinate, "mode_value": mode_value(modes, values), "on_mode": oracle},
         default_reward="first_coordinate",
         oracle=oracle,
         real=real,
         show=gaussian_pictures.plane(mixture, lambda samples: nearest_mode(samples, modes), oracle),
-        extras={"mixture": mixture, "modes": modes, "mode_values": values},
+        mixture=mixture,
+        modes=modes,
+        mode_values=values,
     )
 
 
-def _line(policy: Callable[..., DiffusionPolicy], mean: float = 0.0, std: float = 1.0) -> World:
+def _line(policy: Callable[..., DiffusionPolicy], mean: float = 0.0, std: float = 1.0) -> GaussianWorld:
     mixture = line(mean, std)
-    built = policy(mixture, None, "per_step_scalar")
-    sampler = LinearGaussianSampler(mean, std, built.num_steps, built.eta, built.scheduler.alphas_cumprod)
+    base = policy(mixture, None, "per_step_scalar")
+    sampler = LinearGaussianSampler(mean, std, base.num_steps, base.eta, base.scheduler.alphas_cumprod)
 
     def above_most_data(samples: Float[Tensor, "b 1"], prompts: Sequence[str]) -> Float[Tensor, "b"]:
         return (samples[:, 0] > mean + std).to(samples.dtype)
@@ -269,14 +293,15 @@ def _line(policy: Callable[..., DiffusionPolicy], mean: float = 0.0, std: float 
     def real(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, list[str]]:
         return mixture.sample(n, generator)[0], ["a number"] * n
 
-    return World(
+    return GaussianWorld(
         name="line",
-        policy=built,
+        policies={"diffusion": lambda: base},
         prompts=["a number"],
         rewards={"first_coordinate": first_coordinate, "above_most_data": above_most_data},
         default_reward="first_coordinate",
         oracle=above_most_data,
         real=real,
         show=gaussian_pictures.line(mixture),
-        extras={"mixture": mixture, "sampler": sampler},
+        mixture=mixture,
+        sampler=sampler,
     )

@@ -170,7 +170,7 @@ def test_compass_base_model(compass):
     samples = compass.policy.sample(prompts, generator=torch.Generator().manual_seed(0))
     gold = compass.oracle(samples, prompts)
     assert 0.43 < gold.mean() < 0.45
-    assert mode_entropy(samples, compass.extras["modes"]).item() == pytest.approx(math.log(4), abs=1e-3)
+    assert mode_entropy(samples, compass.modes).item() == pytest.approx(math.log(4), abs=1e-3)
     inner = gaussian.gold(samples, ["inner"] * len(samples))
     rows = torch.arange(len(samples)) % 2 == 0
     assert (inner[rows].mean() - inner[~rows].mean()).abs() < 4 * math.sqrt(2 * 0.25 / 10_000)
@@ -216,7 +216,7 @@ def test_seed_and_residuals_of_load():
 
 def test_ring():
     world = gaussian.load("ring")
-    mixture, modes = world.extras["mixture"], world.extras["modes"]
+    mixture, modes = world.mixture, world.modes
     assert modes[0].tolist() == pytest.approx([2, 0])
     assert modes[2].tolist() == pytest.approx([0, 2], abs=1e-6)
     torch.testing.assert_close(modes.norm(dim=-1), torch.full((8,), 2.0))
@@ -235,10 +235,10 @@ def test_ring():
 def test_rings_optimum_over_modes_is_a_table():
     """Re-weighting whole modes by exp(value / beta) is the enumerated tilt of the eight equal modes."""
     world = gaussian.load("ring")
-    values, beta = world.extras["mode_values"].double(), 0.5
+    values, beta = world.mode_values.double(), 0.5
     samples, prompts = world.real(40_000, torch.Generator().manual_seed(0))
     weights = (world.rewards["mode_value"](samples, prompts).double() / beta).softmax(0)
-    mode = nearest_mode(samples, world.extras["modes"])
+    mode = nearest_mode(samples, world.modes)
     shares = torch.zeros(8, dtype=torch.float64).index_add(0, mode, weights)
     target = exponential_tilt(torch.full((8,), -math.log(8), dtype=torch.float64), values, beta)[0].exp()
     assert (shares - target).abs().max() < 0.01
@@ -246,7 +246,7 @@ def test_rings_optimum_over_modes_is_a_table():
 
 def test_line_is_the_linear_gaussian_sampler():
     world = gaussian.load("line", mean=0.3, std=0.5, num_steps=5)
-    sampler = world.extras["sampler"]
+    sampler = world.sampler
     assert isinstance(sampler, LinearGaussianSampler)
     samples = world.policy.sample(world.prompts * 20_000, generator=torch.Generator().manual_seed(0))
     mean, variance = 0.297046, 0.084424
@@ -267,7 +267,7 @@ def test_variance_within_a_branch_is_decided_in_the_window():
     tips = policy.rollout(world.prompts * len(starts), generator=g, reduction="sum", states=starts, first=20 - window)
     assert tips.timesteps.tolist() == [251, 201, 151, 101, 51, 1]
     within = tips.final.reshape(groups, branches).var(1)
-    expected = world.extras["sampler"].window_variance(window).item()
+    expected = world.sampler.window_variance(window).item()
     assert expected == pytest.approx(0.5242 * 0.169096, abs=2e-5)
     assert abs(within.mean().item() - expected) < 4 * expected * math.sqrt(2 / (branches - 1) / groups)
 
