@@ -142,9 +142,10 @@ def on_mode(centre: Float[Tensor, "d"], radius: float) -> Callable[[Tensor, Sequ
 
 @dataclass(kw_only=True)
 class GaussianWorld(World):
-    """A world whose data is `mixture`; `modes` (m, d), `submodes` (m, 2, 2) and `mode_values` (m,) of those in the plane.
+    """A world whose data is `mixture`.
 
-    sampler: of `line`, its policy's own law in closed form.
+    In the plane: `modes` (m, 2), their `submodes` (m, 2, 2) or `mode_values` (m,). On the line: `sampler`, the policy's
+    own law in closed form.
     """
 
     mixture: GaussianMixture

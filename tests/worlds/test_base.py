@@ -39,7 +39,7 @@ def test_policies_are_built_once_and_when_asked():
 
 def test_a_kind_that_is_not_there_is_named():
     world = place(policies={"diffusion": object, "flow": object})
-    with pytest.raises(ValueError, match="world 'place' has no 'language' policy. There are: diffusion, flow."):
+    with pytest.raises(ValueError, match=r"world 'place' has no 'language' policy\. There are: diffusion, flow."):
         world.policies["language"]
     with pytest.raises(ValueError, match="has no 'language' policy"):
         dataclasses.replace(world, policy_kind="language")
@@ -50,7 +50,7 @@ def test_a_world_may_have_no_policy():
     assert len(world.policies) == 0 and world.policy_kind is None
     with pytest.raises(ValueError, match="world 'place' has no policy: it offers data, rewards and an oracle"):
         _ = world.policy
-    with pytest.raises(ValueError, match="no 'diffusion' policy. There are: none."):
+    with pytest.raises(ValueError, match=r"no 'diffusion' policy\. There are: none\."):
         world.policies["diffusion"]
     samples, prompts = world.real(3)
     assert world.rewards["zero"](world.encode(samples), prompts).shape == (3,)
