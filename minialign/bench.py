@@ -139,7 +139,7 @@ def teleport_row(device: str, dim: int = 64 * 64 * 3, rank: int = 512, num_image
 
     import torch
 
-    from minialign.methods.teleport import Gaussian
+    from minialign.exact import Gaussian
 
     generator = torch.Generator().manual_seed(0)
     data = (torch.randn(num_images, dim, generator=generator) * torch.linspace(3, 0.01, dim)).to(device)

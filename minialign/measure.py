@@ -10,7 +10,7 @@ Distances and eigenvalues are computed in float64. Report a reward together with
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,11 +44,21 @@ def frechet_distance(features_a: Num[Tensor, "n d"], features_b: Num[Tensor, "m 
     Heusel et al. (2017, 1706.08500) with Inception features as FID. Biased upwards for small samples (by about
     d / n of the spread): compare only at equal n, and quote the distance of two halves of the real data beside it.
     """
+    _same_width(features_a, features_b)
     for name, features in (("features_a", features_a), ("features_b", features_b)):
         if len(features) < 2:
             raise ValueError(f"a covariance needs at least 2 samples; {name} has {len(features)}.")
     a, b = features_a.double(), features_b.double()
     return frechet_gaussian(a.mean(0), _covariance(a), b.mean(0), _covariance(b))
+
+
+def _same_width(a: Tensor, b: Tensor) -> None:
+    """Two samples of points, each (number, dimensions); a single column would broadcast against many in silence."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"the two samples have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected (n, d) and (m, d), d being "
+            "the same. Images and the like: samples.flatten(1)."
+        )
 
 
 def _covariance(features: Tensor) -> Tensor:
@@ -63,6 +73,7 @@ def mmd(a: Num[Tensor, "n d"], b: Num[Tensor, "m d"], bandwidth: float | None = 
     The default bandwidth is the median distance between different points of the pooled sample: fix it when several
     models are compared, because it depends on both samples. Memory (n + m)^2.
     """
+    _same_width(a, b)
     n, m = len(a), len(b)
     if min(n, m) < 2:
         raise ValueError(f"the unbiased estimate needs at least 2 samples on each side; there are {n} and {m}.")
@@ -86,6 +97,7 @@ def sliced_wasserstein(
     Bonneel et al. (2015). Units: those of the points. W_2 of two projections is exact for any n and m: the two
     quantile functions are step functions, and they are integrated over the union of their steps.
     """
+    _same_width(a, b)
     directions = torch.randn(a.shape[1], num_directions, generator=generator, dtype=torch.float64).to(a.device)
     directions = directions / directions.norm(dim=0)
     projected_a, projected_b = (a.double() @ directions).sort(0).values, (b.double() @ directions).sort(0).values
@@ -101,7 +113,9 @@ def sliced_wasserstein(
 # ---------------------------------------------------------------------------------------------- diversity
 
 
-def diversity(samples: Num[Tensor, "batch *dims"], prompts: Sequence[str], *, reduction: str) -> Float64[Tensor, ""]:
+def diversity(
+    samples: Num[Tensor, "batch *dims"], prompts: Sequence[Hashable], *, reduction: str
+) -> Float64[Tensor, ""]:
     """Mean distance between two different samples of the same prompt, averaged over the prompts.
 
     reduction "sum": the L2 distance; "mean": root mean square over elements, so that sizes compare (in units of full
@@ -109,8 +123,10 @@ def diversity(samples: Num[Tensor, "batch *dims"], prompts: Sequence[str], *, re
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"unknown reduction {reduction!r}. There are: mean, sum.")
+    if len(samples) != len(prompts):
+        raise ValueError(f"there are {len(samples)} samples and {len(prompts)} prompts; expected one prompt a sample.")
     flat = samples.flatten(1).double()
-    rows: dict[str, list[int]] = {}
+    rows: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
     means = [torch.pdist(flat[group]).mean() for group in rows.values() if len(group) > 1]
@@ -142,6 +158,8 @@ def vendi_score(
     if (features is None) == (similarity is None):
         raise ValueError("give either features or similarity=, not both.")
     if features is not None:
+        if features.ndim != 2:
+            raise ValueError(f"features have shape {tuple(features.shape)}; expected (n, d): features.flatten(1).")
         unit = torch.nn.functional.normalize(features.double(), dim=1)
         matrix = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit  # the same non-zero eigenvalues
         values = torch.linalg.eigvalsh(matrix / len(unit))
@@ -190,6 +208,7 @@ def best_of_n_estimate(proxy: Num[Tensor, "pool"], gold: Num[Tensor, "pool"], n:
     sum_i C(i - 1, n - 1) / C(N, n) gold_(i), samples in ascending order of proxy (Nakano et al., 2021, arXiv
     2112.09332, appendix I): the mean over all subsets of size n. n = 1: the mean; n = N: the top sample.
     """
+    proxy, gold = _paired(proxy, gold)
     size = len(proxy)
     if not 1 <= n <= size:
         raise ValueError(f"n is {n}; a pool of {size} samples serves n from 1 to {size}.")
@@ -218,6 +237,7 @@ def overoptimisation_law(distance: Num[Tensor, "n"], gold: Num[Tensor, "n"], for
     """
     if form not in ("bon", "rl"):
         raise ValueError(f"form is {form!r}; expected 'bon' or 'rl'.")
+    distance, gold = _paired(distance, gold)
     keep = distance > 0
     d, r = distance[keep].double(), gold[keep].double()
     if len(d) < 3:
@@ -259,6 +279,8 @@ def mean_ci(x: Num[Tensor, "n"] | Sequence, level: float = 0.95) -> Interval:
     from scipy.stats import t
 
     values = torch.as_tensor(x, dtype=torch.float64)
+    if values.ndim != 1:
+        raise ValueError(f"the values have shape {tuple(values.shape)}; expected (n,), n independent ones.")
     if len(values) < 2:
         raise ValueError(f"an interval needs at least 2 values; there is {len(values)}.")
     if not 0 < level < 1:
@@ -268,12 +290,22 @@ def mean_ci(x: Num[Tensor, "n"] | Sequence, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def _paired(a: Tensor | Sequence, b: Tensor | Sequence) -> tuple[Tensor, Tensor]:
+    """Both as float64 vectors of one length: (n,) against (n, 1) would broadcast to every pair of an a with a b."""
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        hint = " Take the last axis away: x.squeeze(-1)." if {a.ndim, b.ndim} == {1, 2} else ""
+        raise ValueError(f"pairs have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected (n,) twice.{hint}")
+    return a, b
+
+
 def paired_difference(a: Num[Tensor, "n"] | Sequence, b: Num[Tensor, "n"] | Sequence) -> PairedDifference:
     """Paired t statistic of a - b: pair runs that share a seed, or samples that share a noise.
 
     With all differences equal the standard error is 0; t is then infinite, or 0 where there is no difference at all.
     """
-    differences = torch.as_tensor(a, dtype=torch.float64) - torch.as_tensor(b, dtype=torch.float64)
+    a, b = _paired(a, b)
+    differences = a - b
     if len(differences) < 2:
         raise ValueError(f"a standard error needs at least 2 pairs; there is {len(differences)}.")
     mean = differences.mean().item()
@@ -284,4 +316,5 @@ def paired_difference(a: Num[Tensor, "n"] | Sequence, b: Num[Tensor, "n"] | Sequ
 
 def win_rate(scores: Num[Tensor, "n"], scores_base: Num[Tensor, "n"]) -> float:
     """Share of pairs in which the first score is higher; a tie counts one half. Pair by prompt, and noise."""
+    scores, scores_base = _paired(scores, scores_base)
     return ((scores > scores_base).double() + 0.5 * (scores == scores_base).double()).mean().item()

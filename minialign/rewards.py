@@ -1,25 +1,32 @@
-"""Rewards: any callable `reward(samples, prompts) -> Tensor[batch]`, the one check at the border, and a few ready ones.
+"""Rewards: any callable `reward(samples, prompts) -> Tensor[batch]`, the check at the border, and a few ready ones.
 
     checked          what every loop calls instead of the reward itself: refuses wrong shapes, nan, lists, and says why
     jpeg_size        kilobytes after JPEG coding; compressibility, incompressibility: two of DDPO's rewards
     clip_scorer      cosine similarity under any transformers CLIPModel; gradients flow into the images
     weighted_sum     several rewards as one, with the terms kept apart for plotting
 
+    checked_set      the border of a reward of a *set*: reward(samples, prompts) -> one number for all of them together
+    frechet_to, mmd_to, vendi    such rewards: how near a set is to exemplars, how diverse it is
+
 Samples are images (batch, C, h, w) in [0, 1] in the image worlds, points in the 2-D worlds, token ids or strings in the
-language worlds. A reward may be differentiable; whoever wants no gradient calls it under `torch.no_grad()`.
+language worlds, or a list of anything; a prompt is any hashable. A reward may be differentiable; whoever wants no
+gradient calls it under `torch.no_grad()`.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-Reward = Callable[[Any, Sequence[str]], Tensor]
+from minialign import measure
+
+Reward = Callable[[Any, Sequence[Hashable]], Tensor]
+SetReward = Callable[[Any, Sequence[Hashable]], Tensor | float]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB statistics of CLIP's training images (Radford et al., 2021)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,7 +41,7 @@ def name_of(reward: Reward) -> str:
     return getattr(getattr(reward, "func", reward), "__name__", type(reward).__name__)
 
 
-def checked(reward: Reward, samples: Tensor | Sequence, prompts: Sequence[str]) -> Float32[Tensor, "batch"]:
+def checked(reward: Reward, samples: Tensor | Sequence, prompts: Sequence[Hashable]) -> Float32[Tensor, "batch"]:
     """The reward of each sample, float32, after the one check at the border.
 
     Numbers, integers, booleans and NumPy vectors are converted; autograd flows through. Tensors come back on the
@@ -42,17 +49,8 @@ def checked(reward: Reward, samples: Tensor | Sequence, prompts: Sequence[str]) 
     is kept as the cause, so that the traceback still shows the line.
     """
     name, num_samples = name_of(reward), len(samples)
-    if len(prompts) != num_samples:
-        raise RewardError(f"reward {name!r} was given {num_samples} samples but {len(prompts)} prompts.")
-    try:
-        scores = reward(samples, prompts)
-    except RewardError:  # a term of a weighted sum has already explained itself
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"reward {name!r} raised {type(error).__name__}: {error}. It was called with {_describe(samples)} and "
-            f"{num_samples} prompts; a reward takes (samples, prompts)."
-        ) from error
+    _check_lengths(name, samples, prompts)
+    scores = _call(name, reward, samples, prompts)
     scores = _as_tensor(name, scores, num_samples)
     if scores.shape != (num_samples,):
         raise RewardError(
@@ -64,6 +62,23 @@ def checked(reward: Reward, samples: Tensor | Sequence, prompts: Sequence[str]) 
     scores = scores.to(device=samples.device if isinstance(samples, Tensor) else None, dtype=torch.float32)
     _check_finite(name, scores, prompts)
     return scores
+
+
+def _check_lengths(name: str, samples: Tensor | Sequence, prompts: Sequence[Hashable]) -> None:
+    if len(prompts) != len(samples):
+        raise RewardError(f"reward {name!r} was given {len(samples)} samples but {len(prompts)} prompts.")
+
+
+def _call(name: str, reward: Callable, samples: Tensor | Sequence, prompts: Sequence[Hashable]) -> object:
+    try:
+        return reward(samples, prompts)
+    except RewardError:  # a term of a weighted sum has already explained itself
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"reward {name!r} raised {type(error).__name__}: {error}. It was called with {_describe(samples)} and "
+            f"{len(samples)} prompts; a reward takes (samples, prompts)."
+        ) from error
 
 
 def _as_tensor(name: str, scores: object, num_samples: int) -> Tensor:
@@ -100,7 +115,7 @@ def _why_shape(shape: tuple[int, ...], num_samples: int) -> str:
     return "Return one score per sample."
 
 
-def _check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> None:
+def _check_finite(name: str, scores: Tensor, prompts: Sequence[Hashable]) -> None:
     bad = ~scores.detach().isfinite()
     if not bad.any():
         return
@@ -118,10 +133,108 @@ def _describe(samples: Tensor | Sequence) -> str:
     return f"{len(samples)} samples{shape}"
 
 
+# ---------------------------------------------------------------------------------------------- rewards of a set
+
+
+def checked_set(
+    reward: SetReward,
+    samples: Tensor | Sequence,
+    prompts: Sequence[Hashable],
+    group: Int[Tensor, "batch"] | Sequence[int] | None = None,
+) -> Float32[Tensor, "groups"]:
+    """One number for each group of samples, float32, after the one check at the border.
+
+    group (batch,): which samples belong together, any integers; the result is in ascending order of them. None: all
+    are one set, and the result is (1,). The reward is called once a group with that group's samples and prompts, and
+    returns one number: a 0-dimensional tensor (autograd flows through), a NumPy or a Python one.
+    Raises RewardError (a ValueError) for everything else; what the reward itself raised is kept as the cause.
+    """
+    name = name_of(reward)
+    _check_lengths(name, samples, prompts)
+    if len(samples) == 0:
+        raise RewardError(f"reward {name!r} is one of a set, and was given no samples.")
+    group = torch.zeros(len(samples), dtype=torch.long) if group is None else torch.as_tensor(group).cpu()
+    if group.shape != (len(samples),):
+        raise RewardError(f"group has shape {tuple(group.shape)} for {len(samples)} samples; expected one id a sample.")
+    device = samples.device if isinstance(samples, Tensor) else None
+    scores = []
+    for number in group.unique().tolist():
+        rows = (group == number).nonzero()[:, 0]
+        members = samples[rows.to(device)] if isinstance(samples, Tensor) else [samples[row] for row in rows.tolist()]
+        score = _call(name, reward, members, [prompts[row] for row in rows.tolist()])
+        scores.append(_as_number(name, score, len(members), number).to(device=device, dtype=torch.float32))
+        if not scores[-1].detach().isfinite():
+            raise RewardError(
+                f"reward {name!r} returned {float(scores[-1])} for group {number} of {len(members)} samples. "
+                "Probably the set is too small, or all its samples are equal."
+            )
+    return torch.stack(scores)
+
+
+def _as_number(name: str, score: object, num_samples: int, group: int) -> Tensor:
+    expected = f"for group {group}, a set of {num_samples} samples; expected one number for the whole set."
+    if isinstance(score, (bool, int, float, np.generic)) and not isinstance(score, (np.complexfloating, np.str_)):
+        return torch.tensor(score.item() if isinstance(score, np.generic) else score)
+    if score is None:
+        raise RewardError(f"reward {name!r} returned None {expected} Probably its return statement is missing.")
+    if not isinstance(score, Tensor):
+        raise RewardError(f"reward {name!r} returned a {type(score).__name__} {expected}")
+    if score.shape == (num_samples,) and num_samples > 1:
+        raise RewardError(
+            f"reward {name!r} returned shape ({num_samples},) {expected} It scores each sample: use it without groups, "
+            "where rewards of samples are asked for, or return scores.mean()."
+        )
+    if score.shape != () or score.is_complex():
+        raise RewardError(f"reward {name!r} returned {score.dtype} of shape {tuple(score.shape)} {expected}")
+    return score
+
+
+def _flat(samples: Tensor) -> Tensor:
+    return samples.flatten(1)
+
+
+def frechet_to(exemplars: Tensor, features: Callable[[Tensor], Tensor] = _flat) -> SetReward:
+    """Minus the squared Frechet distance of the set's features to those of `exemplars`: see `measure.frechet_distance`.
+
+    features(samples) -> (n, d); without it the samples' own elements. Sets of equal size alone compare.
+    """
+    target = features(exemplars)
+
+    def frechet_to_exemplars(samples: Tensor, prompts: Sequence[Hashable]) -> Tensor:
+        return -measure.frechet_distance(features(samples), target)
+
+    return frechet_to_exemplars
+
+
+def mmd_to(
+    exemplars: Tensor, bandwidth: float | None = None, features: Callable[[Tensor], Tensor] = _flat
+) -> SetReward:
+    """Minus the squared MMD of the set's features to those of `exemplars`, without bias: see `measure.mmd`.
+
+    bandwidth: of the Gaussian kernel; if none is given the median distance within the exemplars, whatever the set.
+    """
+    target = features(exemplars)
+    bandwidth = float(torch.pdist(target.double()).median()) if bandwidth is None else bandwidth
+
+    def mmd_to_exemplars(samples: Tensor, prompts: Sequence[Hashable]) -> Tensor:
+        return -measure.mmd(features(samples), target, bandwidth)
+
+    return mmd_to_exemplars
+
+
+def vendi(features: Callable[[Tensor], Tensor] = _flat) -> SetReward:
+    """The effective number of different samples in the set, from 1 to its size: see `measure.vendi_score`."""
+
+    def vendi(samples: Tensor, prompts: Sequence[Hashable]) -> Tensor:
+        return measure.vendi_score(features(samples))
+
+    return vendi
+
+
 # ---------------------------------------------------------------------------------------------- JPEG size
 
 
-def jpeg_size(images: Tensor, prompts: Sequence[str], quality: int = 95) -> Float32[Tensor, "batch"]:
+def jpeg_size(images: Tensor, prompts: Sequence[Hashable], quality: int = 95) -> Float32[Tensor, "batch"]:
     """Size after JPEG coding, in kilobytes (1,000 bytes), at the images' own resolution; not differentiable.
 
     images (batch, C, h, w), C = 1 or 3, values beyond [0, 1] are clipped, as a file would. An image that holds nan or
@@ -144,12 +257,12 @@ def _jpeg_bytes(image: np.ndarray, quality: int) -> int:
     return buffer.tell()
 
 
-def compressibility(images: Tensor, prompts: Sequence[str]) -> Float32[Tensor, "batch"]:
+def compressibility(images: Tensor, prompts: Sequence[Hashable]) -> Float32[Tensor, "batch"]:
     """Minus the JPEG size in kilobytes: smooth images win (Black et al., 2023, section 5.1)."""
     return -jpeg_size(images, prompts)
 
 
-def incompressibility(images: Tensor, prompts: Sequence[str]) -> Float32[Tensor, "batch"]:
+def incompressibility(images: Tensor, prompts: Sequence[Hashable]) -> Float32[Tensor, "batch"]:
     """The JPEG size in kilobytes: busy images win (Black et al., 2023, section 5.1)."""
     return jpeg_size(images, prompts)
 
@@ -168,11 +281,11 @@ class WeightedSum:
     def __name__(self) -> str:
         return " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items()).replace("+ -", "- ")
 
-    def terms(self, samples: Tensor | Sequence, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def terms(self, samples: Tensor | Sequence, prompts: Sequence[Hashable]) -> dict[str, Tensor]:
         """Each reward on its own, unweighted, (batch,)."""
         return {name: checked(self.rewards[name], samples, prompts) for name in self.weights}
 
-    def __call__(self, samples: Tensor | Sequence, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, samples: Tensor | Sequence, prompts: Sequence[Hashable]) -> Tensor:
         terms = self.terms(samples, prompts)
         return sum(weight * terms[name] for name, weight in self.weights.items())
 

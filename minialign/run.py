@@ -173,7 +173,7 @@ def load_consistency_world(name: str, world_settings: dict):
 
     def data(n: int, generator):
         samples, prompts = world.real(n, generator)
-        return world.extras.get("encode", lambda samples: samples)(samples), prompts
+        return world.encode(samples), prompts
 
     config = consistency_distillation.Config(**DISTILLATIONS[name])
     print(f"distilling a consistency model of {name} ({config.num_iterations} updates) ...", file=sys.stderr)
@@ -183,8 +183,7 @@ def load_consistency_world(name: str, world_settings: dict):
         student.train_all_weights()
     else:
         student.add_lora(rank=world_settings["lora_rank"], target_modules=EVERYWHERE)
-    world.policy = student
-    return world
+    return dataclasses.replace(world, policies={"consistency": lambda: student}, policy_kind="consistency")
 
 
 def load_language_world(name: str, world_settings: dict):
@@ -196,8 +195,8 @@ def load_language_world(name: str, world_settings: dict):
         world.policy.add_lora(rank=world_settings["lora_rank"])
     else:
         world.policy.train_all_weights()
-    if name == "tokens":
-        world.policy.add_value_heads(network=world.extras["critic"]())
+    if world.critic is not None:
+        world.policy.add_value_heads(network=world.critic())
     else:
         world.policy.add_value_heads(own_trunk=True)
     return world
@@ -229,7 +228,7 @@ def evaluate_language(world, reward, seed: int) -> dict:
     from minialign.rewards import checked
 
     policy, spent = world.policy, world.policy.network_evaluations
-    generator, num_tokens = torch.Generator().manual_seed(10_000 + seed), world.extras["num_tokens"]
+    generator, num_tokens = torch.Generator().manual_seed(10_000 + seed), world.num_tokens
     prompts = [world.prompts[i % len(world.prompts)] for i in range(EVALUATION_SAMPLES)]
     with torch.no_grad():
         responses = policy.generate(prompts, num_tokens, generator=generator)
@@ -242,7 +241,7 @@ def evaluate_language(world, reward, seed: int) -> dict:
             "diversity": measure.distinct(responses.texts, 2),
             "kl": float(log_ratio.sum(1).mean()),
         }
-        held_out = world.extras.get("held_out", [])
+        held_out = world.held_out
         if held_out:
             prompts = [held_out[i % len(held_out)] for i in range(EVALUATION_SAMPLES)]
             texts = policy.sample(prompts, num_tokens=num_tokens, generator=generator)
@@ -275,7 +274,7 @@ def evaluate(world, reward, seed: int) -> dict:
             "diversity": float(measure.diversity(samples, prompts, reduction="mean")),
             "kl": float(measure.kl_to_base(policy, traj)),
         }
-        held_out = world.extras.get("held_out", [])
+        held_out = world.held_out
         if held_out:  # prompts that training never sees
             prompts = [held_out[i % len(held_out)] for i in range(EVALUATION_SAMPLES)]
             samples = policy.sample(prompts, policy.draw_noise(len(prompts), generator))

@@ -137,9 +137,7 @@ B2 = b2diffurl.Config(
     learning_rate=3e-3, steps_per_pass=4, clip_range=0.1, history_stages=1, weight_decay=0.0, positive_threshold=0.0,
     negative_threshold=0.0,
 )  # fmt: skip
-RLCM = rlcm.Config(
-    num_iterations=3, num_prompts=7, group_size=2, num_minibatches=2, learning_rate=3e-3, clip_range=0.1
-)
+RLCM = rlcm.Config(num_iterations=3, num_prompts=7, group_size=2, num_minibatches=2, learning_rate=3e-3, clip_range=0.1)
 PPO = ppo.Config(
     num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, num_epochs=2, learning_rate=0.03,
     kl_target=0.01, kl_horizon=50,

@@ -4,6 +4,7 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.linalg
@@ -311,3 +312,47 @@ def test_distinct_counts_by_hand():
     assert measure.distinct(texts, 2) == 3 / 5 and measure.distinct(texts, 1) == 3 / 7
     assert measure.distinct(texts * 10, 2) == 3 / 50
     assert measure.distinct(["a"], 2) == 0.0
+
+
+# ---- shapes that would broadcast in silence
+
+
+@pytest.fixture
+def _annotations_off():
+    """As outside the tests, where no annotation runs."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+A, COLUMN = torch.arange(5.0), torch.arange(5.0).unsqueeze(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: measure.paired_difference(A, COLUMN), r"shapes \(5,\) and \(5, 1\).*squeeze\(-1\)"),
+        (lambda: measure.paired_difference(COLUMN, COLUMN), r"shapes \(5, 1\) and \(5, 1\)"),
+        (lambda: measure.paired_difference([1.0], A), r"shapes \(1,\) and \(5,\)"),
+        (lambda: measure.paired_difference(2.0, A), r"shapes \(\) and \(5,\)"),
+        (lambda: measure.win_rate(A, COLUMN), r"expected \(n,\) twice"),
+        (lambda: measure.win_rate(A, A[:1]), r"expected \(n,\) twice"),
+        (lambda: measure.best_of_n_estimate(A, COLUMN, 2), r"expected \(n,\) twice"),
+        (lambda: measure.overoptimisation_law(A, COLUMN), r"expected \(n,\) twice"),
+        (lambda: measure.mean_ci(COLUMN), r"shape \(5, 1\); expected \(n,\)"),
+        (lambda: measure.frechet_distance(COLUMN, COLUMN.expand(5, 3)), r"\(5, 1\) and \(5, 3\)"),
+        (lambda: measure.mmd(A, A), r"\(5,\) and \(5,\)"),
+        (lambda: measure.sliced_wasserstein(COLUMN, COLUMN.expand(5, 3)), "the same"),
+        (lambda: measure.vendi_score(COLUMN.unsqueeze(2)), r"features.flatten\(1\)"),
+        (lambda: measure.diversity(COLUMN, ["x"] * 4, reduction="sum"), "5 samples and 4 prompts"),
+    ],
+)
+@pytest.mark.usefixtures("_annotations_off")
+def test_shapes_that_would_broadcast_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_diversity_groups_by_any_hashable_prompt():
+    samples = torch.tensor([[0.0], [1.0], [5.0], [8.0]])
+    assert float(measure.diversity(samples, [(0, 1), (0, 1), 7, 7], reduction="sum")) == 2

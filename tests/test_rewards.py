@@ -300,3 +300,121 @@ def test_clip_score_takes_the_processors_own_statistics(clip):
     identity = rewards.clip_scorer(clip, Words(), mean=(0.0,) * 3, std=(1.0,) * 3)
     shifted = rewards.clip_scorer(clip, Words(), mean=(0.5,) * 3, std=(0.25,) * 3)
     torch.testing.assert_close(shifted(images * 0.25 + 0.5, ["a", "b"]), identity(images, ["a", "b"]))
+
+
+# ---- rewards of a set
+
+
+GROUP = [4, -1, 4, 4, -1, 4, 4]
+
+
+def spread(samples, prompts):
+    return samples.std(0).mean()
+
+
+def set_refusal(reward, samples=SAMPLES, prompts=PROMPTS, group=None) -> str:
+    with pytest.raises(rewards.RewardError) as caught:
+        rewards.checked_set(reward, samples, prompts, group)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "score", [2, 2.0, True, np.float32(2), np.int64(2), torch.tensor(2), torch.tensor(2.0).double()]
+)
+def test_one_number_of_any_kind_is_a_score_of_a_set(score):
+    found = rewards.checked_set(returning(score), SAMPLES, PROMPTS)
+    assert found.dtype == torch.float32 and found.tolist() == [float(score)]
+
+
+def test_groups_are_scored_apart_in_ascending_order():
+    seen = []
+
+    def reward(samples, prompts):
+        seen.append(prompts)
+        return samples.mean()
+
+    found = rewards.checked_set(reward, SAMPLES, PROMPTS, GROUP)
+    rows = [[1, 4], [0, 2, 3, 5, 6]]
+    assert seen == [[PROMPTS[row] for row in group] for group in rows]
+    torch.testing.assert_close(found, torch.stack([SAMPLES[group].mean() for group in rows]))
+    torch.testing.assert_close(rewards.checked_set(reward, SAMPLES, PROMPTS, torch.tensor(GROUP)), found)
+    torch.testing.assert_close(rewards.checked_set(reward, SAMPLES, PROMPTS), SAMPLES.mean().reshape(1))
+
+
+def test_a_set_may_hold_anything_and_prompts_are_any_hashable():
+    samples, prompts = [{"moves": 3}, {"moves": 5}, {"moves": 9}], [(0, 1), frozenset({2}), 7]
+
+    def moves(samples, prompts):
+        return sum(sample["moves"] for sample in samples)
+
+    assert rewards.checked_set(moves, samples, prompts, [1, 0, 1]).tolist() == [5, 12]
+    each = rewards.checked(lambda s, p: torch.tensor([len(x) for x in s]), samples, prompts)
+    assert each.tolist() == [1, 1, 1]
+    with pytest.raises(rewards.RewardError, match=r"first at index 1 \(prompt frozenset\(\{2\}\)\)"):
+        rewards.checked(lambda s, p: torch.tensor([0.0, float("nan"), 0]), samples, prompts)
+
+
+def test_autograd_flows_through_a_set():
+    live = SAMPLES.clone().requires_grad_()
+    rewards.checked_set(lambda samples, prompts: samples.square().sum(), live, PROMPTS, GROUP).sum().backward()
+    torch.testing.assert_close(live.grad, 2 * SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        (
+            torch.zeros(7),
+            "shape (7,) for group 0, a set of 7 samples; expected one number for the whole set. It scores",
+        ),
+        (torch.zeros(1), "of shape (1,) for group 0"),
+        (torch.tensor(1j), "complex64 of shape ()"),
+        ([1.0], "returned a list for group 0"),
+        ("good", "returned a str"),
+        (np.str_("good"), "returned a str_"),
+        (None, "None for group 0, a set of 7 samples; expected one number for the whole set. Probably its return"),
+        (float("nan"), "returned nan for group 0 of 7 samples"),
+        (torch.tensor(-float("inf")), "returned -inf for group 0"),
+        (torch.tensor(1e300, dtype=torch.float64), "returned inf for group 0"),
+    ],
+)
+def test_what_is_not_one_number_is_refused(score, words):
+    assert words in set_refusal(returning(score))
+
+
+def test_a_set_reward_that_raises_and_sets_that_are_none():
+    def broken(samples, prompts):
+        return samples.no_such_method()
+
+    assert "reward 'broken' raised AttributeError" in set_refusal(broken)
+    assert "7 samples but 6 prompts" in set_refusal(spread, prompts=PROMPTS[:6])
+    assert "was given no samples" in set_refusal(spread, SAMPLES[:0], [])
+    assert "group has shape (6,) for 7 samples" in set_refusal(spread, group=GROUP[:6])
+    assert "returned nan for group 2 of 1 samples" in set_refusal(spread, group=[1, 1, 1, 1, 1, 1, 2])
+
+
+def test_ready_rewards_of_a_set_prefer_the_near_and_the_diverse():
+    generator = torch.Generator().manual_seed(0)
+    exemplars = torch.randn(400, 2, generator=generator)
+    near, far = torch.randn(400, 2, generator=generator), torch.randn(400, 2, generator=generator) + 1
+    same = near[:1] + 0.01 * torch.randn(400, 2, generator=generator)
+    samples, prompts, group = torch.cat([near, far, same]), ["a point"] * 1200, torch.arange(3).repeat_interleave(400)
+    for reward in (rewards.frechet_to(exemplars), rewards.mmd_to(exemplars)):
+        scores = rewards.checked_set(reward, samples, prompts, group)
+        assert scores[0] > scores[1] and scores[0] > scores[2]
+    # a shift by one in each of two directions costs 2 in squared units, and nothing else
+    assert float(rewards.frechet_to(exemplars)(exemplars + 1, prompts)) == pytest.approx(-2, abs=1e-5)
+    rows = torch.eye(3).repeat(2, 1)
+    assert rewards.checked_set(rewards.vendi(), rows, ["x"] * 6, [0, 0, 0, 1, 1, 1]).tolist() == pytest.approx([3, 3])
+    assert rewards.checked_set(rewards.vendi(), rows[[0, 0, 1, 1]], ["x"] * 4).tolist() == pytest.approx([2])
+    doubled = rewards.frechet_to(exemplars, features=lambda x: 2 * x)
+    assert float(doubled(far, prompts)) == pytest.approx(4 * float(rewards.frechet_to(exemplars)(far, prompts)))
+
+
+def test_the_bandwidth_of_mmd_does_not_depend_on_the_set():
+    exemplars = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    bandwidth = float(torch.pdist(exemplars.double()).median())
+    samples = exemplars[:20] + 9
+    expected = -rewards.measure.mmd(samples, exemplars, bandwidth)
+    torch.testing.assert_close(rewards.mmd_to(exemplars)(samples, ["x"] * 20), expected)
+    assert rewards.mmd_to(exemplars, 3.0)(samples, []) != expected

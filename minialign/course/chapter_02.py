@@ -2,7 +2,9 @@
 
 import torch
 
+from minialign import kernels
 from minialign.course.check import Exercise, Quiz
+from minialign.kernels import Level
 from minialign.methods import teleport
 
 # ---- cases that several exercises share ------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ POINT_CASES = [
 
 def gaussian_score(x, sigma, mean, vectors, values):
     """grad log N(x; mean, U diag(values) U' + sigma^2 I), (b, d), without any d x d matrix."""
-    return teleport.gaussian_score(x, sigma, mean, vectors, values)
+    return kernels.gaussian_score(x, Level.edm(sigma), mean, vectors, values)
 
 
 def _score(formula):
@@ -107,7 +109,7 @@ GAUSSIAN_SCORE = Exercise(
 
 def gaussian_denoised(x, sigma, mean, vectors, values):
     """E[x_0 | x] if the data are N(mean, U diag(values) U'), (b, d)."""
-    return teleport.gaussian_denoised(x, sigma, mean, vectors, values)
+    return kernels.gaussian_denoised(x, Level.edm(sigma), mean, vectors, values)
 
 
 def _tweedie(formula):
@@ -333,7 +335,7 @@ DELTA_DENOISED = Exercise(
 
 def gaussian_flow(x, sigma_from, sigma_to, mean, vectors, values):
     """Where the probability-flow ODE of N(mean, U diag(values) U') takes x (b, d) from sigma_from to sigma_to."""
-    return teleport.gaussian_flow(x, mean, vectors, values, sigma_from, sigma_to)
+    return kernels.gaussian_flow(x, Level.edm(sigma_from), Level.edm(sigma_to), mean, vectors, values)
 
 
 def _flow(formula):

@@ -2,9 +2,10 @@
 
 import torch
 
+from minialign import kernels
 from minialign.course.check import Exercise, Quiz
+from minialign.kernels import Level
 from minialign.kernels import karras_sigmas as package_sigmas
-from minialign.methods import teleport
 
 # ---- the grid --------------------------------------------------------------------------------------------------------
 
@@ -348,10 +349,8 @@ REVEALED = Exercise(
 
 def vp_jump(x, mean, vectors, values, alpha_bar_from, alpha_bar_to):
     """x (b, d) between two levels of a variance-preserving scheduler; mean (d,), vectors (d, r), values (r,)."""
-    a, b = alpha_bar_from, alpha_bar_to
-    return teleport.gaussian_flow(
-        x, mean, vectors, values, (1 - a) ** 0.5, (1 - b) ** 0.5, a**0.5, b**0.5
-    )  # fmt: skip
+    levels = map(Level.variance_preserving, (alpha_bar_from, alpha_bar_to))
+    return kernels.gaussian_flow(x, *levels, mean, vectors, values)
 
 
 def _vp(formula):

@@ -38,6 +38,17 @@ from minialign.kernels.language import (
     token_log_probs,
     token_rewards,
 )
+from minialign.kernels.mixture import (
+    Level,
+    delta_score,
+    gaussian_denoised,
+    gaussian_flow,
+    gaussian_score,
+    mixture_denoised,
+    mixture_log_prob,
+    mixture_responsibilities,
+    mixture_score,
+)
 from minialign.kernels.policy_gradient import (
     clipped_surrogate,
     group_advantages,
@@ -50,6 +61,7 @@ from minialign.kernels.policy_gradient import (
 )
 
 __all__ = [
+    "Level",
     "StepOut",
     "add_noise",
     "at_least_float32",
@@ -61,13 +73,17 @@ __all__ = [
     "ddim_alpha_bars",
     "ddim_std",
     "ddim_step",
+    "delta_score",
     "diffusers_guidance",
     "edm_denoised",
     "edm_scalings",
     "expand_as",
     "gae",
+    "gaussian_denoised",
+    "gaussian_flow",
     "gaussian_kl",
     "gaussian_log_prob",
+    "gaussian_score",
     "gaussian_step",
     "group_advantages",
     "guidance_embedding",
@@ -81,6 +97,10 @@ __all__ = [
     "masked_mean",
     "masked_whiten",
     "means",
+    "mixture_denoised",
+    "mixture_log_prob",
+    "mixture_responsibilities",
+    "mixture_score",
     "predict",
     "prediction_target",
     "sample_tokens",

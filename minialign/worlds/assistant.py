@@ -16,15 +16,16 @@ more than one, four cost as much as a right answer brings.
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly
+from minialign.worlds.base import WEIGHTS, LanguageWorld, missing_weights, quietly
 from minialign.worlds.tokens import text_figure, word_tokenizer
 
 NUM_TOKENS = 24  # of an answer at most, its EOS included
@@ -371,33 +372,43 @@ def config(width: int = 64, layers: int = 2, **settings):
     )
 
 
-def load(folder: str | Path | None = None) -> World:
+@dataclass(kw_only=True)
+class AssistantWorld(LanguageWorld):
+    """`answers()` of the base model, stored with it; `preferences(n, generator, ...)` labels pairs of them by gold.
+
+    reward_network(size=..., seed=..., num_labels=...): a transformers classifier to learn from those.
+    """
+
+    answers: Callable[..., Any]
+    preferences: Callable[..., Any]
+    reward_network: Callable[..., Any]
+
+
+def load(folder: str | Path | None = None) -> AssistantWorld:
     """The assistant and its questions, on the CPU. Samples are texts; prompts are the 48 questions to train on.
 
     Rewards: "gold" (also the oracle: points, not 0 or 1), "right" (0 or 1) and "courtesies", their number, which any
-    policy learns to hack. extras: held_out questions, answers, preferences, reward_network, read, points, num_tokens.
+    policy learns to hack. sixteen questions are held out.
     """
     from minialign.policies.language import LanguagePolicy
 
     network, tokenizer = load_model(folder)
-    return World(
+    policy = LanguagePolicy(network.requires_grad_(False), tokenizer)
+    return AssistantWorld(
         name="assistant",
-        policy=LanguagePolicy(network.requires_grad_(False), tokenizer),
+        policies={"language": lambda: policy},
         prompts=list(PROMPTS),
         rewards={"gold": gold, "right": right, "courtesies": courtesies},
         default_reward="gold",
         oracle=gold,
         real=corpus,
         show=show,
-        extras={
-            "held_out": list(HELD_OUT),
-            "num_tokens": NUM_TOKENS,
-            "answers": functools.partial(answers, folder),
-            "preferences": functools.partial(preferences, source=answers(folder)),
-            "reward_network": functools.partial(reward_network, folder=folder),
-            "read": read,
-            "points": points,
-        },
+        oracle_scale="points",
+        held_out=list(HELD_OUT),
+        num_tokens=NUM_TOKENS,
+        answers=functools.partial(answers, folder),
+        preferences=functools.partial(preferences, source=answers(folder)),
+        reward_network=functools.partial(reward_network, folder=folder),
     )
 
 

@@ -1,34 +1,93 @@
 """What every world offers, and how a missing weight is reported."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-@dataclass
+class Policies:
+    """A world's policies by kind ("diffusion", "consistency", "language", ...), each built when it is first asked for.
+
+    `builders` maps a kind to a function without arguments. `policies["diffusion"]` is the same object every time.
+    """
+
+    def __init__(self, world: str, builders: Mapping[str, Callable[[], Any]]):
+        self.world, self.builders, self.built = world, dict(builders), {}
+
+    def __getitem__(self, kind: str) -> Any:
+        if kind not in self.builders:
+            raise ValueError(f"world {self.world!r} has no {kind!r} policy. There are: {', '.join(self) or 'none'}.")
+        if kind not in self.built:
+            self.built[kind] = self.builders[kind]()
+        return self.built[kind]
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self.builders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.builders)
+
+    def __len__(self) -> int:
+        return len(self.builders)
+
+
+@dataclass(kw_only=True)
 class World:
-    """A small place with a known truth: a base policy, prompts for it, rewards, and the oracle that is not fooled.
+    """A small place with a known truth: prompts, rewards, real data, the oracle that is not fooled, and base policies.
 
     `rewards` maps a name to `reward(samples, prompts) -> (batch,)`; `default_reward` is the one that `minialign run`
-    trains on. `oracle` says what is right: 0 or 1 a sample. `real(n, generator)` draws (samples, prompts) of the data.
-    `show(samples, prompts)` draws them. `extras` holds what only this world has (held-out prompts, its exact mixture).
+    trains on. `oracle` says what is right, on `oracle_scale`: "binary", 0 or 1 a sample, so that its mean is a share;
+    or "points", any number. Prompts are any hashable; no training ever sees those `held_out`.
+    `real(n, generator)` draws (samples, prompts) of the data; `encode(samples)` are they as the policies' states.
+    `show(samples, prompts)` draws them.
+    `policies` maps a kind to a builder without arguments, see `Policies`; a world may have none. `policy` is the base
+    model of `policy_kind`, the first kind if nothing else is said. What only one world has is a field of its class.
     """
 
     name: str
-    policy: Any
-    prompts: list[str]
-    rewards: dict[str, Callable[[Tensor, list[str]], Tensor]]
+    prompts: list[Hashable]
+    rewards: dict[str, Callable[[Any, list], Tensor]]
     default_reward: str
-    oracle: Callable[[Tensor, list[str]], Tensor]
-    real: Callable[..., tuple[Tensor, list[str]]]
+    oracle: Callable[[Any, list], Tensor]
+    real: Callable[..., tuple[Any, list]]
     show: Callable[..., Any]
-    extras: dict[str, Any] = field(default_factory=dict)
+    oracle_scale: Literal["binary", "points"] = "binary"
+    policies: Policies | Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    policy_kind: str | None = None
+    held_out: list[Hashable] = field(default_factory=list)
+    encode: Callable[[Any], Any] = lambda samples: samples
+
+    def __post_init__(self):
+        if not isinstance(self.policies, Policies):
+            self.policies = Policies(self.name, self.policies)
+        if self.policy_kind is None:
+            self.policy_kind = next(iter(self.policies), None)
+        elif self.policy_kind not in self.policies:
+            self.policies[self.policy_kind]  # raises, with the kinds that there are
+
+    @property
+    def policy(self) -> Any:
+        """The base model that methods start from. Raises ValueError in a world without any."""
+        if self.policy_kind is None:
+            raise ValueError(
+                f"world {self.name!r} has no policy: it offers data, rewards and an oracle, for methods that train or "
+                "search without a base model. Build a policy yourself, or choose another world."
+            )
+        return self.policies[self.policy_kind]
+
+
+@dataclass(kw_only=True)
+class LanguageWorld(World):
+    """Samples are texts of at most `num_tokens` tokens; `critic(num_heads=1)` builds a value network where one fits."""
+
+    num_tokens: int
+    critic: Callable[..., Any] | None = None
 
 
 def missing_weights(name: str, problem: str) -> FileNotFoundError:

@@ -11,6 +11,7 @@ Latents are pixels mapped to [-1, 1]; samples are images (batch, 1, 8, 8) in [0,
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from minialign import show as pictures
+from minialign.exact import GaussianMixture
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.worlds.base import WEIGHTS, World, missing_weights
-from minialign.worlds.gaussian import ExactDenoiser, GaussianMixture, ResidualMLP, scheduler
+from minialign.worlds.exact_denoiser import ExactDenoiser, ResidualMLP
+from minialign.worlds.gaussian import scheduler
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NULL_CLASS = 10  # the label that means "any digit": what guidance contrasts with
@@ -189,6 +192,13 @@ def load_unet(folder: Path | None = None):
         raise missing_weights("digits", f"{folder} does not load ({type(error).__name__}: {error})") from error
 
 
+@dataclass(kw_only=True)
+class DigitsWorld(World):
+    """Real digits, and the ten-component `mixture` of them in latent space that answers in closed form."""
+
+    mixture: GaussianMixture
+
+
 def load(
     model: str = "unet",
     *,
@@ -198,11 +208,11 @@ def load(
     folder: str | Path | None = None,
     seed: int = 0,
     width: int = 256,
-) -> World:
+) -> DigitsWorld:
     """The world of handwritten digits, on the CPU.
 
     model "unet": the shipped network, or the one in `folder`. "mixture": the exact class-conditional mixture plus a
-    residual MLP that starts at zero (`seed` and `width` are its); `extras["mixture"]` answers questions in closed form.
+    residual MLP that starts at zero (`seed` and `width` are its); `world.mixture` answers questions in closed form.
     """
     settings = {"num_steps": num_steps, "eta": eta, "guidance_scale": guidance_scale}
     shared = {"class_names": NAMES, "null_class": NULL_CLASS, "latent_shape": (1, 8, 8), "decoder": decode}
@@ -213,16 +223,17 @@ def load(
         policy = DiffusionPolicy(_mixture_network(seed, width), scheduler(), **shared, **settings)
     else:
         raise ValueError(f"unknown model {model!r} of world 'digits'. There are: mixture, unet.")
-    return World(
+    return DigitsWorld(
         name="digits",
-        policy=policy,
+        policies={"diffusion": lambda: policy},
         prompts=list(NAMES),
         rewards=dict(REWARDS),
         default_reward="bold",
         oracle=oracle,
         real=real,
         show=show,
-        extras={"mixture": mixture(), "labels_of": labels_of, "encode": encode, "data": data},
+        encode=encode,
+        mixture=mixture(),
     )
 
 

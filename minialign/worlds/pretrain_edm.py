@@ -1,7 +1,7 @@
 """`minialign pretrain digits_edm` and `minialign pretrain patches`: the shipped EDM networks, in some minutes each.
 
 Unconditional UNet2DModels in EDM's parametrisation (Karras et al., 2022), moving average of the weights. On the way it
-records what the network has learned: how much of its denoiser the closed forms of `methods.teleport` explain, at each
+records what the network has learned: how much of its denoiser the closed forms of `kernels` explain, at each
 noise level (history.json). One thread and a fixed seed: the same bytes again on the same machine and torch.
 """
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -490,6 +490,24 @@ def load_scorer(folder: str | Path | None = None) -> Callable[[Tensor, Sequence[
     return clip_scorer(model, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
+@dataclass(kw_only=True)
+class ShapesWorld(World):
+    """`facts(samples, prompts)`: which facts of each prompt hold; `prompts_of` kind ("single", "relation", "count")."""
+
+    facts: Callable[..., Any]
+    prompts_of: dict[str, list[str]]
+
+
+def _policy(
+    model: str, folder: str | Path | None = None, eta: float = 1.0, **given: float | int
+) -> DiffusionPolicy | ConsistencyPolicy:
+    pipe = load_pipeline(folder, model)
+    settings = MODELS[model][2] | given
+    if model == "diffusion":
+        return DiffusionPolicy.from_pipeline(pipe, eta=eta, **settings)
+    return ConsistencyPolicy.from_pipeline(pipe, **settings)
+
+
 def load(
     *,
     model: str = "diffusion",
@@ -497,29 +515,27 @@ def load(
     eta: float = 1.0,
     guidance_scale: float | None = None,
     folder: str | Path | None = None,
-) -> World:
+) -> ShapesWorld:
     """The world of shapes, on the CPU, with the base model shipped or in `folder`.
 
     model "diffusion": 8 steps, no guidance, if nothing else is said. "consistency": the twin, 4 calls, the guidance 2.5
-    that was distilled into it, no eta. `prompts` are eight relation prompts; `extras` holds sixteen others to test on,
-    and all prompts of each kind.
+    that was distilled into it, no eta. The settings are those of `world.policy`; `world.policies` has the other model
+    as it was shipped. `prompts` are eight relation prompts; sixteen others are held out.
     """
-    pipe = load_pipeline(folder, model)
-    scorer = load_scorer(folder if model == "diffusion" else None)
     given = {"num_steps": num_steps, "guidance_scale": guidance_scale}
-    settings = MODELS[model][2] | {name: value for name, value in given.items() if value is not None}
-    if model == "diffusion":
-        policy = DiffusionPolicy.from_pipeline(pipe, eta=eta, **settings)
-    else:
-        policy = ConsistencyPolicy.from_pipeline(pipe, **settings)
-    return World(
+    policy = _policy(model, folder, eta, **{name: value for name, value in given.items() if value is not None})
+    scorer = load_scorer(folder if model == "diffusion" else None)
+    others = {kind: functools.partial(_policy, kind) for kind in MODELS if kind != model}
+    return ShapesWorld(
         name="shapes",
-        policy=policy,
+        policies={model: lambda: policy, **others},
         prompts=list(PROMPTS),
         rewards={"graded": graded, "oracle": oracle, "scorer": scorer},
         default_reward="oracle",
         oracle=oracle,
         real=real,
         show=show,
-        extras={"held_out": held_out_prompts(), "facts": facts} | {kind: list(all_prompts(kind)) for kind in KINDS},
+        held_out=held_out_prompts(),
+        facts=facts,
+        prompts_of={kind: list(all_prompts(kind)) for kind in KINDS},
     )

@@ -5,7 +5,7 @@
     load("constrained")           one prompt, 4 words; two correlated rewards, each worth having up to a point
     load(model="transformer")     the same with a random two-layer GPT-2 for a base model instead of a table
 
-    world.extras["exact"]         `Enumerated`: every response, its log-probability under the base, gold, proxies
+    world.exact                   `Enumerated`: every response, its log-probability under the base, gold, proxies
     PrefixTree                    a language model that is a table, or a critic that is one: 6 logits a prefix
     all_log_probs                 the law over all responses of any causal language model
     best_of_n_curve, tilt_to_kl   gold and proxy of the best of n, and of the tilt at a given KL, without sampling
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, one_hot
 
 from minialign import exact
-from minialign.worlds.base import World
+from minialign.worlds.base import LanguageWorld
 
 VOCABULARY = 6
 SPECIAL = 5  # the word whose count makes the inverted U
@@ -433,17 +433,24 @@ def unstructured(
     return log_prob_ref, gold, proxy, proxy[torch.randint(num_responses, (num_references,), generator=generator)]
 
 
+@dataclass(kw_only=True)
+class TokensWorld(LanguageWorld):
+    """Every response listed: `exact` has their log-probabilities, gold and proxy rewards."""
+
+    exact: Enumerated
+
+
 KINDS = {"padding": padding, "overoptimisation": overoptimisation, "constrained": constrained}
 
 
-def load(kind: str = "padding", *, seed: int = 0, model: str = "table", **settings) -> World:
+def load(kind: str = "padding", *, seed: int = 0, model: str = "table", **settings) -> TokensWorld:
     """The enumerable world, on the CPU: a policy whose responses are always `length` words, without EOS.
 
     kind "padding" (settings num_prompts, length), "overoptimisation" (length, num_comparisons, noise, inverted_u) or
     "constrained" (length, raised).
     model "table" or "transformer". Rewards: "gold" and the proxies; the oracle is gold, not 0 or 1.
-    extras["exact"] is the `Enumerated`; extras["num_tokens"] the responses' length; extras["critic"](num_heads) a table
-    of zeros for `policy.add_value_heads(network=...)`.
+    `exact` is the `Enumerated`; `num_tokens` the responses' length; `critic(num_heads)` a table of zeros for
+    `policy.add_value_heads(network=...)`.
     """
     from minialign.policies.language import LanguagePolicy
 
@@ -454,9 +461,9 @@ def load(kind: str = "padding", *, seed: int = 0, model: str = "table", **settin
     rewards = {name: world.look_up(table) for name, table in ({"gold": world.gold} | world.proxies).items()}
     for name, reward in rewards.items():
         reward.__name__ = name
-    return World(
+    return TokensWorld(
         name="tokens",
-        policy=policy,
+        policies={"language": lambda: policy},
         prompts=list(world.prompts),
         rewards=rewards,
         default_reward=next(iter(world.proxies)),
@@ -465,13 +472,10 @@ def load(kind: str = "padding", *, seed: int = 0, model: str = "table", **settin
         show=lambda samples, prompts, title=None: text_figure(
             samples, prompts, rewards["gold"](samples, prompts), title
         ),
-        extras={
-            "exact": world,
-            "num_tokens": world.length,
-            "critic": lambda num_heads=1: PrefixTree(
-                torch.zeros(len(world.prompts), num_prefixes(world.length), num_heads)
-            ),
-        },
+        oracle_scale="points",
+        exact=world,
+        num_tokens=world.length,
+        critic=lambda num_heads=1: PrefixTree(torch.zeros(len(world.prompts), num_prefixes(world.length), num_heads)),
     )
 
 

@@ -33,15 +33,13 @@ SETTINGS = dict(learning_rate=3e-4)
 def learned_proxy(world, seed: int, pairs: int = PAIRS):
     """(reward model, its accuracy on pairs of questions it has not seen): normalised over answers of the base model."""
     generator = torch.Generator().manual_seed(1_000 + seed)
-    model = reward_model.RewardModel(world.extras["reward_network"](seed=seed), world.policy.tokenizer)
-    data = reward_model.Preferences(*world.extras["preferences"](pairs, generator))
+    model = reward_model.RewardModel(world.reward_network(seed=seed), world.policy.tokenizer)
+    data = reward_model.Preferences(*world.preferences(pairs, generator))
     for _ in reward_model.train(model, data, generator=generator):
         pass
-    base = world.extras["answers"]()
+    base = world.answers()
     model.normalise([t for p in world.prompts for t in base[p][:16]], [p for p in world.prompts for _ in range(16)])
-    prompts, chosen, rejected = world.extras["preferences"](
-        2000, torch.Generator().manual_seed(0), 0.0, prompts=world.extras["held_out"]
-    )
+    prompts, chosen, rejected = world.preferences(2000, torch.Generator().manual_seed(0), 0.0, prompts=world.held_out)
     return model, float((model(chosen, prompts) > model(rejected, prompts)).float().mean())
 
 
@@ -59,7 +57,7 @@ def train_run(method: str, beta: float, seed: int, rounds: int) -> dict:
             rows[name].append(round(float(world.rewards[name](texts, prompts).mean()), 4))
         return scores
 
-    base = world.extras["answers"]()
+    base = world.answers()
     references = {p: proxy(base[p][:10], [p] * 10) for p in world.prompts}
     reward = watched if method == "vanilla" else par.Shaped(watched, references, par.Config(method))
     world.policy.train_all_weights()
@@ -67,9 +65,9 @@ def train_run(method: str, beta: float, seed: int, rounds: int) -> dict:
     config = ppo.Config(num_iterations=rounds, beta=beta, **SETTINGS)
     for step in ppo.train(world.policy, reward, world.prompts, config, torch.Generator().manual_seed(seed)):
         rows["kl"].append(round(float(step.metrics["kl"]), 4))
-    held_out = world.extras["held_out"]
-    noise = world.policy.draw_noise(len(held_out), world.extras["num_tokens"], torch.Generator().manual_seed(seed))
-    answers = world.policy.generate(held_out, world.extras["num_tokens"], noise=noise).texts
+    held_out = world.held_out
+    noise = world.policy.draw_noise(len(held_out), world.num_tokens, torch.Generator().manual_seed(seed))
+    answers = world.policy.generate(held_out, world.num_tokens, noise=noise).texts
     return {"method": method, "beta": beta, "seed": seed, "accuracy": accuracy, **rows,
             "held_out_gold": float(world.oracle(answers, held_out).mean()),
             "answers": dict(zip(held_out[:3], answers[:3], strict=True))}  # fmt: skip

@@ -41,7 +41,7 @@ def examine(world, generator) -> tuple[float, float]:
     spent, prompts = world.policy.network_evaluations, world.prompts * 512
     samples = world.policy.sample(prompts, generator=generator)
     world.policy.network_evaluations = spent
-    return float(world.oracle(samples, prompts).mean()), float(mode_entropy(samples, world.extras["modes"]))
+    return float(world.oracle(samples, prompts).mean()), float(mode_entropy(samples, world.modes))
 
 
 def compass_run(method: str, learning_rate: float, seed: int) -> dict:

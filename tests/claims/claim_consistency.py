@@ -103,7 +103,7 @@ def digits_run(seed: int) -> dict:
 
     def data(n, generator):
         images, prompts = world.real(n, generator)
-        return world.extras["encode"](images), prompts
+        return world.encode(images), prompts
 
     def accuracy(policy, calls):
         policy.set_num_steps(calls)

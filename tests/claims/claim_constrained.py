@@ -63,7 +63,7 @@ class Run:
 
     def __init__(self, seed: int, raised: float = 0.0):
         world = worlds.load("tokens", kind="constrained", seed=seed, raised=raised)
-        self.table, self.policy, self.prompts = world.extras["exact"], world.policy, world.prompts
+        self.table, self.policy, self.prompts = world.exact, world.policy, world.prompts
         self.rewards = [world.rewards[name] for name in NAMES]
         self.policy.train_all_weights()
         self.generator, self.resume, self.done = torch.Generator().manual_seed(seed), None, 0

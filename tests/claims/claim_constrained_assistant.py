@@ -61,7 +61,7 @@ def reward_models(world, seed: int) -> dict:
     texts, prompts = [t for p in world.prompts for t in base[p][:16]], [p for p in world.prompts for _ in range(16)]
     for i, name in enumerate(NAMES):
         generator = torch.Generator().manual_seed(1_000 + 100 * i + seed)
-        model = reward_model.RewardModel(world.extras["reward_network"](seed=seed), world.policy.tokenizer)
+        model = reward_model.RewardModel(world.reward_network(seed=seed), world.policy.tokenizer)
         for _ in reward_model.train(
             model, reward_model.Preferences(*preferences(name, generator)), generator=generator
         ):

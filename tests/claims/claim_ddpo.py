@@ -54,7 +54,7 @@ def compass_run(name: str, seed: int) -> dict:
     samples = world.policy.sample(prompts, generator=torch.Generator().manual_seed(1_000 + seed))
     return {
         "method": name, "seed": seed, "success": float(world.oracle(samples, prompts).mean()),
-        "entropy": float(mode_entropy(samples, world.extras["modes"])),
+        "entropy": float(mode_entropy(samples, world.modes)),
         "network_evaluations": history[-1]["network_evaluations"],
     }  # fmt: skip
 

@@ -41,9 +41,9 @@ def train_run(method: str, beta: float, seed: int, rounds: int = 300) -> dict:
     """Exact gold along one run, and its KL at the end."""
     torch.set_num_threads(1)
     world = worlds.load("tokens", seed=seed)
-    table, policy, reward = world.extras["exact"], world.policy, world.rewards["proxy"]
+    table, policy, reward = world.exact, world.policy, world.rewards["proxy"]
     policy.train_all_weights()
-    policy.add_value_heads(network=world.extras["critic"]())
+    policy.add_value_heads(network=world.critic())
     count = 1 if method.endswith("one reference") else 10
     references = par.reference_rewards(
         policy, reward, world.prompts, count, torch.Generator().manual_seed(1_000 + seed), num_tokens=4

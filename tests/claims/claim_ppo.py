@@ -50,9 +50,9 @@ def ppo_run(seed: int, beta: float, rounds: int | None = None) -> dict:
     """Exact gold, proxy and KL along a run of PPO; at its end the KL to the optimum of that beta."""
     torch.set_num_threads(1)
     world = worlds.load("tokens", kind="overoptimisation", seed=seed, length=4)
-    table, policy = world.extras["exact"], world.policy
+    table, policy = world.exact, world.policy
     policy.train_all_weights()
-    policy.add_value_heads(network=world.extras["critic"]())
+    policy.add_value_heads(network=world.critic())
     config = ppo.Config(**PPO, num_iterations=rounds or ROUNDS[beta], beta=beta)
     found: dict = {"part": "ppo", "seed": seed, "beta": beta, "gold": [], "proxy": [], "kl": []}
     for step in ppo.train(policy, world.rewards["small"], world.prompts, config, torch.Generator().manual_seed(seed)):

@@ -82,7 +82,7 @@ def compass_run(task: str, name: str, seed: int) -> dict:
         success = float(reward(samples, prompts).mean())
         if first is None and success >= TARGET:
             first = (step.reward_queries, step.network_evaluations, round(seconds, 3))
-    centres = world.extras["submodes"].flatten(0, 1)
+    centres = world.submodes.flatten(0, 1)
     queries, evaluations, until = first or (None, None, None)
     return {
         "task": task, "method": name, "seed": seed, "queries": queries, "network_evaluations": evaluations,

@@ -30,12 +30,11 @@ from diffusers import (
 )
 
 from minialign import pretrain_consistency, worlds
+from minialign.exact import Gaussian, GaussianMixture
 from minialign.kernels import karras_sigmas
 from minialign.measure import frechet_distance, frechet_gaussian, mean_ci, paired_difference
 from minialign.methods import teleport
-from minialign.methods.teleport import Gaussian
 from minialign.worlds import digits, patches, pretrain_edm, shapes
-from minialign.worlds.gaussian import GaussianMixture
 
 SEEDS = 5
 SAMPLES = 2000

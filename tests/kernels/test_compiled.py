@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minialign import kernels
+from minialign.kernels import Level
 from minialign.methods import b2diffurl, consistency_distillation, par, reward_model, rlcm, teleport
 
 N = 5
@@ -101,6 +102,18 @@ Z_SCORES = random(4, 3, seed=7)
 FLAT, VALUES = random(N, 6, seed=8), random(2, 3, seed=9) ** 2
 GAUSSIAN = (random(6, seed=10), random(6, 3, seed=11), VALUES[0])
 MIXTURE = (random(2, seed=10), random(2, 6, seed=11), random(2, 6, 3, seed=12), VALUES)
+VP, EDM = Level.variance_preserving, Level.edm(0.7)
+CASES |= {
+    "gaussian_score": (lambda x, *g: kernels.gaussian_score(x, EDM, *g), (FLAT, *GAUSSIAN)),
+    "gaussian_denoised": (lambda x, *g: kernels.gaussian_denoised(x, EDM, *g), (FLAT, *GAUSSIAN)),
+    "gaussian_flow": (lambda x, a, b, *g: kernels.gaussian_flow(x, VP(a), VP(b), *g), (FLAT, A, A_NEXT, *GAUSSIAN)),
+    "mixture_score": (lambda x, *m: kernels.mixture_score(x, EDM, *m), (FLAT, *MIXTURE)),
+    "mixture_score of rows": (lambda x, a, *m: kernels.mixture_score(x, VP(a), *m), (FLAT, A, *MIXTURE)),
+    "mixture_denoised": (lambda x, *m: kernels.mixture_denoised(x, EDM, *m), (FLAT, *MIXTURE)),
+    "mixture_log_prob": (lambda x, *m: kernels.mixture_log_prob(x, EDM, *m), (FLAT, *MIXTURE)),
+    "mixture_responsibilities": (lambda x, *m: kernels.mixture_responsibilities(x, EDM, *m), (FLAT, *MIXTURE)),
+    "delta_score": (lambda x, data: kernels.delta_score(x, EDM, data), (FLAT, random(7, 6, seed=12))),
+}
 LSC, REFERENCES = par.Config("lsc"), random(N, 4, seed=13)
 KERNELS_OF_METHODS = {
     "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
@@ -111,12 +124,6 @@ KERNELS_OF_METHODS = {
         (X, Y, A, A_NEXT),
     ),
     "consistency_distillation.distance": (lambda x, y: consistency_distillation.distance(x, y, "huber"), (X, Y)),
-    "teleport.gaussian_score": (lambda x, *g: teleport.gaussian_score(x, 0.7, *g), (FLAT, *GAUSSIAN)),
-    "teleport.gaussian_denoised": (lambda x, *g: teleport.gaussian_denoised(x, 0.7, *g), (FLAT, *GAUSSIAN)),
-    "teleport.gaussian_flow": (lambda x, *g: teleport.gaussian_flow(x, *g, 3.0, 0.8, 0.1, 0.6), (FLAT, *GAUSSIAN)),
-    "teleport.mixture_score": (lambda x, *m: teleport.mixture_score(x, 0.7, *m), (FLAT, *MIXTURE)),
-    "teleport.mixture_log_prob": (lambda x, *m: teleport.mixture_log_prob(x, 0.7, *m), (FLAT, *MIXTURE)),
-    "teleport.delta_score": (lambda x, data: teleport.delta_score(x, 0.7, data), (FLAT, random(7, 6, seed=12))),
     "teleport.explained_variance": (lambda x, y: teleport.explained_variance(x, y, 0.3), (X, Y)),
     "par.shape_reward": (lambda r, refs: par.shape_reward(r, refs), (LOG_P, REFERENCES)),
     "par.shape_reward lsc": (lambda r, refs: par.shape_reward(r, refs, LSC), (LOG_P, REFERENCES)),
@@ -140,7 +147,7 @@ def _annotations_off():
 
 
 def test_every_kernel_has_a_case():
-    helpers = {"StepOut", "at_least_float32", "expand_as", "karras_sigmas", "lcm_timesteps"}
+    helpers = {"Level", "StepOut", "at_least_float32", "expand_as", "karras_sigmas", "lcm_timesteps"}
     assert {name.split()[0] for name in CASES.keys() - KERNELS_OF_METHODS.keys()} == set(kernels.__all__) - helpers
 
 

@@ -25,12 +25,12 @@ def test_branches_differ_by_the_variance_decided_in_the_window(window):
     """Check 1: the mean variance within a group is Vs(w), between the groups' true means Var - Vs(w)."""
     world, b, groups = line(), 4, 6_000
     rewards = branches(world, window, b, groups).final.view(groups, b)
-    exact = world.extras["sampler"].window_variance(window).item()
+    exact = world.sampler.window_variance(window).item()
     within = rewards.var(1)
     error = within.std().item() / groups**0.5
     assert abs(within.mean().item() - exact) < 4 * error
     between = rewards.mean(1).var().item() - exact / b
-    total = world.extras["sampler"].sample_variance.item()
+    total = world.sampler.sample_variance.item()
     assert abs(between - (total - exact)) < 4 * total * (2 / groups) ** 0.5
 
 
@@ -38,7 +38,7 @@ def test_branches_differ_by_the_variance_decided_in_the_window(window):
 def test_variance_of_the_gradient_under_both_baselines(window, branch, pays):
     """Check 2: the step at t = 151, b = 5, in units of its own noise; the mean is P sigma under either baseline."""
     world, b, groups = line(), 5, 40_000
-    sampler, step = world.extras["sampler"], world.policy.timesteps.tolist().index(151)
+    sampler, step = world.sampler, world.policy.timesteps.tolist().index(151)
     effect = sampler.downstream[step] * sampler.step_std[step]
     traj = branches(world, window, b, groups)
     place = traj.steps.tolist().index(step)
@@ -65,7 +65,7 @@ def test_variance_of_the_gradient_under_both_baselines(window, branch, pays):
 
 def test_branching_pays_where_the_prefix_explains_enough():
     """Check 3: b/(b-1) (Vs + q) < Var + q iff Vp > (Var + q)/b; for b = 5 true at w = 8, false at the official 14."""
-    sampler = line().extras["sampler"]
+    sampler = line().sampler
     total = sampler.sample_variance
     for b in (2, 5, 10):
         pays = []
@@ -99,7 +99,7 @@ def test_all_branches_with_the_branch_baseline_are_an_unbiased_policy_gradient()
         loss = b2diffurl.objective_loss(world.policy, traj, rows, places, advantages, 1e9, config)[0]
         estimates.append(-torch.autograd.grad(loss * 6, world.policy.network.residual.theta)[0])  # sum over steps
     estimates = torch.stack(estimates)
-    error, exact = estimates.std(0) / 50**0.5, world.extras["sampler"].policy_gradient
+    error, exact = estimates.std(0) / 50**0.5, world.sampler.policy_gradient
     assert (estimates[:, :14] == 0).all()
     assert ((estimates.mean(0) - exact).abs()[14:] < 4 * error[14:]).all()
     assert (error[14:19] < 0.1 * exact.abs()[14:19]).all()

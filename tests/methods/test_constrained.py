@@ -235,7 +235,7 @@ def test_kernels_compile_in_one_graph_and_map(name, generator):
 def world(seed=1):
     loaded = worlds.load("tokens", kind="constrained", seed=seed)
     loaded.policy.train_all_weights()
-    return loaded.extras["exact"], loaded.policy, [loaded.rewards["fives"], loaded.rewards["fours"]]
+    return loaded.exact, loaded.policy, [loaded.rewards["fives"], loaded.rewards["fours"]]
 
 
 TABLE = dict(num_tokens=4, baseline="batch", gae_lambda=1.0, learning_rate=0.02, rows_per_pass=128, max_grad_norm=1e9)
@@ -405,7 +405,7 @@ def trained(rounds=4, resume=None, **settings):
     """(weights, critic included; the last step) of a few rounds of few responses, with three prompts."""
     loaded = worlds.load("tokens", num_prompts=3)  # float64
     loaded.policy.train_all_weights()
-    loaded.policy.add_value_heads(network=loaded.extras["critic"](3))
+    loaded.policy.add_value_heads(network=loaded.critic(3))
     rewards, config = [loaded.rewards["gold"], loaded.rewards["proxy"]], Config(num_iterations=rounds, **settings)
     *_, last = constrained.train(loaded.policy, rewards, loaded.prompts, config, resume=resume)
     return torch.cat([p.detach().flatten() for p in loaded.policy.parameters()]), last
@@ -465,13 +465,13 @@ def test_a_prompts_baseline_ignores_what_is_the_prompts_own():
     """Rewards that differ between prompts alone teach nothing, if the KL is out of it (all of the weight on them)."""
     loaded = worlds.load("tokens", num_prompts=2)
     loaded.policy.train_all_weights()
-    before = loaded.extras["exact"].log_probs(loaded.policy.network)
+    before = loaded.exact.log_probs(loaded.policy.network)
     by_prompt = lambda texts, prompts: torch.tensor([float(p == "p1") for p in prompts])  # noqa: E731
     settings = TABLE | dict(variant="fixed", beta=0.0, num_iterations=2, num_prompts=8, group_size=4)
     for baseline, moves in (("prompt", False), ("batch", True)):
         config = Config(**settings | dict(baseline=baseline))
         list(constrained.train(loaded.policy, [by_prompt], loaded.prompts, config))
-        after = loaded.extras["exact"].log_probs(loaded.policy.network)
+        after = loaded.exact.log_probs(loaded.policy.network)
         assert torch.equal(before, after) != moves
 
 
@@ -520,7 +520,7 @@ def on_the_line(rounds, theta, **settings):
     for step in constrained.train(loaded.policy, [loaded.rewards["first_coordinate"]], loaded.prompts, config):
         path.append(loaded.policy.network.residual.theta.detach().double().clone())
         levels.append(float(step.metrics["multiplier_0"]))
-    return loaded.extras["sampler"], torch.stack(path), levels
+    return loaded.sampler, torch.stack(path), levels
 
 
 def test_a_samplers_dual_lands_on_its_i_projection():

@@ -23,7 +23,7 @@ def float64_policy(name, **settings):
     world = gaussian.load(name, **settings)
     world.policy.network.double()
     world.policy.set_num_steps(world.policy.num_steps)
-    return world.policy, world.extras.get("sampler"), world
+    return world.policy, world.sampler, world
 
 
 def with_theta(policy, theta):

@@ -1,23 +1,15 @@
-"""Exact scores against autograd and quadrature, the three worlds against their sheets, the networks' contracts."""
+"""The three Gaussian worlds against their sheets, and the contracts of their networks."""
 
 import math
 
 import pytest
 import torch
 from matplotlib.figure import Figure
-from torch.autograd import gradcheck
 
-from minialign.exact import LinearGaussianSampler, exponential_tilt
+from minialign.exact import GaussianMixture, LinearGaussianSampler, exponential_tilt
 from minialign.worlds import gaussian
-from minialign.worlds.gaussian import (
-    ExactDenoiser,
-    GaussianMixture,
-    PerStepLinear,
-    PerStepScalar,
-    ResidualMLP,
-    mode_entropy,
-    nearest_mode,
-)
+from minialign.worlds.exact_denoiser import ExactDenoiser, PerStepLinear, PerStepScalar, ResidualMLP
+from minialign.worlds.gaussian import mode_entropy, nearest_mode
 
 
 def f64(*values):
@@ -35,154 +27,6 @@ def correlated(num_components=3, dim=5, seed=0):
     return GaussianMixture(
         2 * random(num_components, dim, seed=seed + 1), covariances, f64(*range(1, num_components + 1))
     )
-
-
-def textbook_log_prob(mixture, x, alpha_bar):
-    """log p(x_t), (batch,), from torch.distributions' Cholesky: another route than the eigendecomposition."""
-    signal = alpha_bar.sqrt().reshape(-1, 1, 1)
-    eye = torch.eye(mixture.dim, dtype=x.dtype)
-    covariances = alpha_bar.reshape(-1, 1, 1, 1) * mixture.covariances + (1 - alpha_bar).reshape(-1, 1, 1, 1) * eye
-    parts = torch.distributions.MultivariateNormal(signal * mixture.means, covariances)
-    return (parts.log_prob(x.unsqueeze(1)) + mixture.log_weights).logsumexp(-1)
-
-
-# ---------------------------------------------------------------------------------------------- the mixture
-
-
-@pytest.mark.parametrize("batch", [1, 7])
-def test_density_and_score_at_every_noise_level(batch):
-    mixture = correlated()
-    x = 2 * random(batch, 5, seed=3)
-    alpha_bar = torch.linspace(0.999, 0.004, batch, dtype=torch.float64)
-    torch.testing.assert_close(mixture.log_prob(x, alpha_bar), textbook_log_prob(mixture, x, alpha_bar))
-    live = x.clone().requires_grad_()
-    (score,) = torch.autograd.grad(textbook_log_prob(mixture, live, alpha_bar).sum(), live)
-    torch.testing.assert_close(mixture.score(x, alpha_bar), score, atol=1e-10, rtol=1e-10)
-    noise = -(1 - alpha_bar).sqrt().unsqueeze(-1) * score
-    torch.testing.assert_close(mixture.noise_pred(x, alpha_bar), noise, atol=1e-10, rtol=1e-10)
-    # Tweedie: x_t = sqrt(a) E[x_0] + sqrt(1 - a) E[noise].
-    denoised = (x - (1 - alpha_bar).sqrt().unsqueeze(-1) * noise) / alpha_bar.sqrt().unsqueeze(-1)
-    torch.testing.assert_close(mixture.denoised(x, alpha_bar), denoised, atol=1e-9, rtol=1e-9)
-
-
-def test_posterior_mean_by_quadrature():
-    """E[x_0 | x_t] = integral of x_0 p(x_0) N(x_t; sqrt(a) x_0, 1 - a) over its normaliser, in one dimension."""
-    mixture = GaussianMixture(f64(-1, 0.5, 2).reshape(3, 1), f64(0.04, 0.25, 0.01).reshape(3, 1, 1), f64(0.5, 0.2, 0.3))
-    x0 = torch.linspace(-6, 6, 24_001, dtype=torch.float64)
-    prior = sum(
-        w * torch.distributions.Normal(f64(m), f64(s)).log_prob(x0).exp()  # floats would be kept in float32
-        for w, m, s in zip((0.5, 0.2, 0.3), (-1.0, 0.5, 2.0), (0.2, 0.5, 0.1), strict=True)
-    )
-    for alpha_bar in (0.02, 0.5, 0.98):
-        for x_t in (-1.5, 0.1, 1.7):
-            likelihood = torch.distributions.Normal(math.sqrt(alpha_bar) * x0, math.sqrt(1 - alpha_bar)).log_prob(
-                f64(x_t)
-            )
-            weight = prior * likelihood.exp()
-            got = mixture.denoised(f64(x_t).reshape(1, 1), alpha_bar).item()
-            assert got == pytest.approx(((weight * x0).sum() / weight.sum()).item(), abs=1e-9)
-
-
-def test_limits_of_the_noise_level():
-    mixture, x = correlated(), random(4, 5, seed=5)
-    mean, covariance = mixture.moments()
-    zero, one = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    torch.testing.assert_close(mixture.denoised(x, zero), mean.expand(4, 5))  # pure noise: the data's mean
-    torch.testing.assert_close(mixture.noise_pred(x, zero), x)
-    torch.testing.assert_close(mixture.denoised(x, one), x)  # no noise
-    assert mixture.noise_pred(x, one).abs().max() == 0
-    torch.testing.assert_close(mixture.score(x, 0.3), mixture.score(x, 0.3 * one))  # a number is every row's
-    samples, component = mixture.sample(40_000, torch.Generator().manual_seed(0))
-    share = torch.bincount(component, minlength=3) / len(component)
-    assert (share - f64(1, 2, 3) / 6).abs().max() < 4 * math.sqrt(0.25 / len(component))
-    assert ((samples.mean(0) - mean).abs() < 4 * (covariance.diagonal() / len(samples)).sqrt()).all()
-    spread = (samples - mean).T @ (samples - mean) / len(samples)
-    assert (spread - covariance).abs().max() < 0.05 * covariance.diagonal().max()
-    by_hand = GaussianMixture(f64(-1, 3).reshape(2, 1), f64(1, 2).reshape(2, 1, 1), f64(3, 1))
-    # weights 3/4, 1/4: mean 0; variance .75 (1 + 1) + .25 (2 + 9) = 4.25.
-    assert [m.item() for m in by_hand.moments()] == pytest.approx([0, 4.25])
-
-
-def test_sampled_covariance_has_the_eigenvectors_the_right_way():
-    covariance = torch.tensor([[[1.0, 0.8], [0.8, 1.0]]], dtype=torch.float64)
-    samples, _ = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), covariance).sample(
-        20_000, torch.Generator().manual_seed(0)
-    )
-    assert torch.corrcoef(samples.T)[0, 1].item() == pytest.approx(0.8, abs=4 * (1 - 0.64) / math.sqrt(20_000))
-
-
-def test_conditioning_on_components():
-    """Rows with their own weights answer as the mixture of their own components alone would."""
-    mixture, x = correlated(), random(2, 5, seed=5)
-    log_weights = torch.stack([f64(0, 1, 0), f64(0.5, 0, 0.5)]).log()
-    first = GaussianMixture(mixture.means[1:2], mixture.covariances[1:2])
-    second = GaussianMixture(mixture.means[[0, 2]], mixture.covariances[[0, 2]])
-    for name in ("score", "denoised", "log_prob", "noise_pred"):
-        got = getattr(mixture, name)(x, f64(0.4, 0.4), log_weights)
-        torch.testing.assert_close(got[0], getattr(first, name)(x[:1], 0.4)[0])
-        torch.testing.assert_close(got[1], getattr(second, name)(x[1:], 0.4)[0])
-    assert mixture.sample(2, torch.Generator().manual_seed(0), log_weights)[1].tolist()[0] == 1
-    torch.testing.assert_close(mixture.responsibilities(x, 0.4).sum(-1), f64(1, 1))
-    assert mixture.responsibilities(x, 0.4, log_weights)[0].tolist() == [0, 1, 0]
-
-
-def test_image_shapes_and_gradients():
-    mixture = correlated(2, 12)
-    images = random(3, 1, 3, 4, seed=2)
-    for name in ("score", "denoised", "noise_pred"):
-        out = getattr(mixture, name)(images, f64(0.1, 0.5, 0.9))
-        assert out.shape == images.shape
-        torch.testing.assert_close(out.flatten(1), getattr(mixture, name)(images.flatten(1), f64(0.1, 0.5, 0.9)))
-    assert gradcheck(lambda x: mixture.noise_pred(x, f64(0.1, 0.5, 0.9)), (images.requires_grad_(),))
-    with pytest.raises(ValueError, match="x has 5 elements a sample; this mixture lives in 12 dimensions"):
-        mixture.score(random(3, 5), 0.5)
-
-
-def test_probability_flow():
-    # Sheet teleport, VP check 2: mu = 1, lambda = 4, alpha_T = .01, x_T = .5, to (alpha, sigma) = (.6, .8): 1.306582.
-    mixture = GaussianMixture(f64(1).reshape(1, 1), f64(4).reshape(1, 1, 1))
-    assert mixture.probability_flow(f64(0.5).reshape(1, 1), 1e-4, 0.36).item() == pytest.approx(1.306582, abs=5e-7)
-    wide, x = correlated(1, 5), random(3, 5)
-    two = wide.probability_flow(wide.probability_flow(x, 0.01, 0.4), 0.4, 0.9)
-    torch.testing.assert_close(wide.probability_flow(x, 0.01, 0.9), two)
-    # dx / d alpha_bar of the flow, from d log sqrt(a) = -beta dt: (x + score) / (2 a).
-    step = 1e-6
-    slope = (wide.probability_flow(x, 0.4, 0.4 + step) - wide.probability_flow(x, 0.4, 0.4 - step)) / (2 * step)
-    torch.testing.assert_close(slope, (x + wide.score(x, 0.4)) / 0.8, atol=1e-7, rtol=1e-7)
-    with pytest.raises(ValueError, match=r"3 components.*moments"):
-        correlated().probability_flow(x, 0.1, 0.2)
-
-
-def test_tilted_mixture_is_the_definition():
-    # Sheet videoalign: four modes at radius 2, sd .35, r = .8 x_1, beta 1: mean reward 1.141.
-    modes = f64(2, 0, 0, 2, -2, 0, 0, -2).reshape(4, 2)
-    tilted, log_z = GaussianMixture.isotropic(modes, 0.35).tilt(1.0, linear=f64(0.8, 0))
-    assert 0.8 * tilted.moments()[0][0].item() == pytest.approx(1.141, abs=5e-4)
-    x, base = random(6, 5, seed=9), correlated()
-    linear, quadratic = random(5, seed=1), -torch.eye(5, dtype=torch.float64)
-    tilted, log_z = base.tilt(0.7, linear, quadratic)
-    reward = x @ linear - (x**2).sum(-1) / 2
-    torch.testing.assert_close(tilted.log_prob(x), base.log_prob(x) + reward / 0.7 - log_z, atol=1e-9, rtol=1e-9)
-
-
-def test_bad_mixtures_are_refused():
-    means = torch.zeros(2, 2)
-    for bad in (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[1.0, 0.5], [0.0, 1.0]])):
-        with pytest.raises(ValueError, match="symmetric positive"):
-            GaussianMixture(means, bad.expand(2, 2, 2))
-    for weights in ([1.0, -1.0], [0.0, 0.0]):
-        with pytest.raises(ValueError, match="mixture weights"):
-            GaussianMixture.isotropic(means, 1.0, torch.tensor(weights))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_precisions(dtype):
-    mixture, x = correlated(), random(4, 5, seed=3)
-    out = mixture.noise_pred(x.to(dtype), torch.full((4,), 0.5, dtype=dtype))
-    assert out.dtype == dtype
-    tol = 0.05 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(out.double(), mixture.noise_pred(x, 0.5), atol=tol, rtol=tol)
-    assert mixture.to(dtype).noise_pred(x.to(dtype), 0.5).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------- the networks
@@ -293,7 +137,7 @@ def test_compass_geometry():
     assert centres[2].flatten().tolist() == pytest.approx([-inner, inner, -outer, outer], abs=1e-6)
     mixture = gaussian.compass()
     assert (mixture.num_components, mixture.dim) == (8, 2)
-    torch.testing.assert_close(mixture.eigenvalues, torch.full((8, 2), 0.08**2))
+    torch.testing.assert_close(mixture.values, torch.full((8, 2), 0.08**2))
     torch.testing.assert_close(mixture.moments()[0], torch.zeros(2), atol=1e-6, rtol=0)
 
 
@@ -326,7 +170,7 @@ def test_compass_base_model(compass):
     samples = compass.policy.sample(prompts, generator=torch.Generator().manual_seed(0))
     gold = compass.oracle(samples, prompts)
     assert 0.43 < gold.mean() < 0.45
-    assert mode_entropy(samples, compass.extras["modes"]).item() == pytest.approx(math.log(4), abs=1e-3)
+    assert mode_entropy(samples, compass.modes).item() == pytest.approx(math.log(4), abs=1e-3)
     inner = gaussian.gold(samples, ["inner"] * len(samples))
     rows = torch.arange(len(samples)) % 2 == 0
     assert (inner[rows].mean() - inner[~rows].mean()).abs() < 4 * math.sqrt(2 * 0.25 / 10_000)
@@ -372,7 +216,7 @@ def test_seed_and_residuals_of_load():
 
 def test_ring():
     world = gaussian.load("ring")
-    mixture, modes = world.extras["mixture"], world.extras["modes"]
+    mixture, modes = world.mixture, world.modes
     assert modes[0].tolist() == pytest.approx([2, 0])
     assert modes[2].tolist() == pytest.approx([0, 2], abs=1e-6)
     torch.testing.assert_close(modes.norm(dim=-1), torch.full((8,), 2.0))
@@ -391,10 +235,10 @@ def test_ring():
 def test_rings_optimum_over_modes_is_a_table():
     """Re-weighting whole modes by exp(value / beta) is the enumerated tilt of the eight equal modes."""
     world = gaussian.load("ring")
-    values, beta = world.extras["mode_values"].double(), 0.5
+    values, beta = world.mode_values.double(), 0.5
     samples, prompts = world.real(40_000, torch.Generator().manual_seed(0))
     weights = (world.rewards["mode_value"](samples, prompts).double() / beta).softmax(0)
-    mode = nearest_mode(samples, world.extras["modes"])
+    mode = nearest_mode(samples, world.modes)
     shares = torch.zeros(8, dtype=torch.float64).index_add(0, mode, weights)
     target = exponential_tilt(torch.full((8,), -math.log(8), dtype=torch.float64), values, beta)[0].exp()
     assert (shares - target).abs().max() < 0.01
@@ -402,7 +246,7 @@ def test_rings_optimum_over_modes_is_a_table():
 
 def test_line_is_the_linear_gaussian_sampler():
     world = gaussian.load("line", mean=0.3, std=0.5, num_steps=5)
-    sampler = world.extras["sampler"]
+    sampler = world.sampler
     assert isinstance(sampler, LinearGaussianSampler)
     samples = world.policy.sample(world.prompts * 20_000, generator=torch.Generator().manual_seed(0))
     mean, variance = 0.297046, 0.084424
@@ -423,7 +267,7 @@ def test_variance_within_a_branch_is_decided_in_the_window():
     tips = policy.rollout(world.prompts * len(starts), generator=g, reduction="sum", states=starts, first=20 - window)
     assert tips.timesteps.tolist() == [251, 201, 151, 101, 51, 1]
     within = tips.final.reshape(groups, branches).var(1)
-    expected = world.extras["sampler"].window_variance(window).item()
+    expected = world.sampler.window_variance(window).item()
     assert expected == pytest.approx(0.5242 * 0.169096, abs=2e-5)
     assert abs(within.mean().item() - expected) < 4 * expected * math.sqrt(2 / (branches - 1) / groups)
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from minialign.exact import Gaussian
 from minialign.measure import frechet_distance
 from minialign.methods import teleport
 from minialign.worlds import digits, patches, pretrain_edm
@@ -18,7 +19,7 @@ def test_patches_are_natural():
     data = patches.data()
     assert data.shape == (8000, 1, 12, 12) and 0 <= data.min() < 0.05 and 0.95 < data.max() <= 1
     assert len(patches.data("train")) + len(patches.data("held_out")) == len(data)
-    values = teleport.Gaussian.fit(patches.encode(data)).values
+    values = Gaussian.fit(patches.encode(data)).values
     assert 0.5 < values[0] / values.sum() < 0.95  # brightness first
     steps = (data[..., 1:] - data[..., :-1]).abs().mean(), (data - data.flip(0)).abs().mean()
     assert steps[0] < 0.3 * steps[1]  # neighbours agree far better than pixels of other patches
@@ -30,7 +31,7 @@ def test_patches_are_natural():
 @pytest.mark.parametrize("name", ["digits_edm", "patches"])
 def test_the_shipped_network_denoises_held_out_data_better_than_its_gaussian(name):
     held_out = pretrain_edm.data_of(name, "held_out")[:300]
-    g = teleport.Gaussian.fit(pretrain_edm.data_of(name, "train"))
+    g = Gaussian.fit(pretrain_edm.data_of(name, "train"))
     denoiser = patches.denoiser(name)
     noise = torch.randn(held_out.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -59,10 +59,10 @@ def test_the_tree_does_not_mind_padding():
 @pytest.mark.parametrize("model", ["table", "transformer"])
 def test_laws_sum_to_one_and_agree_with_the_policys_scores(model):
     world = worlds.load("tokens", model=model)
-    table = world.extras["exact"]
+    table = world.exact
     torch.testing.assert_close(table.log_prob_ref.exp().sum(-1), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-6)
     prompts = [world.prompts[i % 4] for i in range(96)]
-    drawn = world.policy.generate(prompts, world.extras["num_tokens"], generator=rng(2))
+    drawn = world.policy.generate(prompts, world.num_tokens, generator=rng(2))
     assert drawn.mask.all() and drawn.tokens.shape == (96, 4) and drawn.tokens.max() < 6
     scored = world.policy.log_probs(drawn)
     listed = table.log_prob_ref[torch.arange(96) % 4, tokens.index_of(drawn.tokens)]
@@ -89,14 +89,14 @@ def test_a_policy_samples_its_law():
     world = worlds.load("tokens")
     drawn = world.policy.generate(["p2"] * 20_000, 4, generator=rng(3))
     counts = torch.bincount(6 * drawn.tokens[:, 1] + drawn.tokens[:, 3], minlength=36).double()
-    law = world.extras["exact"].log_prob_ref[2].exp().view(6, 6, 6, 6).sum((0, 2)).flatten() * 20_000
+    law = world.exact.log_prob_ref[2].exp().view(6, 6, 6, 6).sum((0, 2)).flatten() * 20_000
     assert ((counts - law) ** 2 / law).sum() < 35 + 4 * math.sqrt(70)
 
 
 def test_the_critic_is_a_table_of_zeros():
     world = worlds.load("tokens")
     world.policy.train_all_weights()
-    world.policy.add_value_heads(network=world.extras["critic"](2))
+    world.policy.add_value_heads(network=world.critic(2))
     drawn = world.policy.generate(world.prompts, 4, generator=rng())
     values = world.policy.values(drawn)
     assert values.shape == (4, 4, 2) and not values.any()
@@ -129,7 +129,7 @@ def test_gold_and_proxy_of_the_padding_world():
 
 def test_reward_tables_are_read_by_text_and_by_number():
     world = worlds.load("tokens")
-    table = world.extras["exact"]
+    table = world.exact
     expected = torch.stack([table.gold[1, 32], table.gold[3, 1295]]).float()
     assert torch.equal(world.rewards["gold"](["0 0 5 2", "5 5 5 5"], ["p1", "p3"]), expected)
     assert torch.equal(world.rewards["gold"](torch.tensor([[0, 0, 5, 2], [5, 5, 5, 5]]), ["p1", "p3"]), expected)
@@ -289,7 +289,7 @@ def test_the_world_says_what_it_has():
 def test_the_constrained_world():
     """Its rewards by hand on one response, correlated through the 5s; `raised` moves the reference and nothing else."""
     world = worlds.load("tokens", kind="constrained", seed=3)
-    table = world.extras["exact"]
+    table = world.exact
     assert set(world.rewards) == {"gold", "fives", "fours"} and world.prompts == ["p0"]
     shares = torch.stack([(table.responses == word).double().mean(1) for word in (5, 4)])
     plain = {"fives": shares[0], "fours": 0.7 * shares[1] + 0.3 * shares[0]}
@@ -399,7 +399,7 @@ def world():
 @pytest.fixture(scope="module")
 def samples(world):
     prompts = [world.prompts[i % len(world.prompts)] for i in range(960)]
-    return prompts, world.policy.generate(prompts, world.extras["num_tokens"], generator=rng(5))
+    return prompts, world.policy.generate(prompts, world.num_tokens, generator=rng(5))
 
 
 def test_the_base_model_speaks_and_knows_two_facts_in_three(samples):
@@ -436,7 +436,7 @@ def test_texts_survive_the_tokenizer(samples, world):
 
 def test_shipped_answers_are_the_models_own(world):
     """Their mean log-probability equals that of fresh answers to the same question, within 4 standard errors."""
-    pool = world.extras["answers"]()
+    pool = world.answers()
     assert list(pool) == list(assistant.TOPICS) and {len(texts) for texts in pool.values()} == {256}
     fresh = world.policy.generate([COW] * 256, 24, generator=rng(9))
     with torch.no_grad():
@@ -449,7 +449,7 @@ def test_shipped_answers_are_the_models_own(world):
 
 
 def test_preferences_have_the_noise_that_was_asked_for(world):
-    draw = world.extras["preferences"]
+    draw = world.preferences
     prompts, chosen, rejected = draw(2000, rng(), noise=0.0)
     assert len(prompts) == len(chosen) == len(rejected) == 2000 and set(prompts) <= set(assistant.PROMPTS)
     margin = assistant.gold(chosen, prompts) - assistant.gold(rejected, prompts)
@@ -472,11 +472,11 @@ def test_pairs_from_other_answers():
 
 @pytest.mark.parametrize("size", ["base", "small", "large"])
 def test_reward_networks_are_transformers_classifiers(world, size):
-    network = world.extras["reward_network"](size, seed=1, num_labels=2)
+    network = world.reward_network(size, seed=1, num_labels=2)
     assert type(network).__name__ == "GPT2ForSequenceClassification" and network.score.weight.shape[0] == 2
     inputs = world.policy.tokenizer([COW], return_tensors="pt")
     assert network(**inputs).logits.shape == (1, 2)
-    again, other = (world.extras["reward_network"](size, seed=seed, num_labels=2) for seed in (1, 2))
+    again, other = (world.reward_network(size, seed=seed, num_labels=2) for seed in (1, 2))
     assert torch.equal(network.score.weight, again.score.weight) and not torch.equal(
         network.score.weight, other.score.weight
     )
@@ -487,8 +487,8 @@ def test_reward_networks_are_transformers_classifiers(world, size):
 
 
 def test_the_world_holds_together(world):
-    assert isinstance(world.policy, LanguagePolicy) and len(world.extras["held_out"]) == 16
-    assert not set(world.prompts) & set(world.extras["held_out"])
+    assert isinstance(world.policy, LanguagePolicy) and len(world.held_out) == 16
+    assert not set(world.prompts) & set(world.held_out)
     texts, prompts = world.real(6, rng())
     assert all(reward(texts, prompts).shape == (6,) for reward in world.rewards.values())
     assert len(world.show(texts, prompts).texts) == 6
