@@ -47,7 +47,7 @@ class Points:
 def nbval(notebook, results):
     """Run nbval on one notebook, apart from this run's plugins and settings; (exit status, report)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MPLBACKEND"))}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(results.parent / "ipython")}
+    environment |= {"IPYTHONDIR": str(results.parent / "ipython")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [sys.executable, __file__, str(notebook), str(results)],
