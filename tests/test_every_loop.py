@@ -8,8 +8,9 @@ import csv
 import dataclasses
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 
 
-class Loop(NamedTuple):
+@dataclass(frozen=True)
+class Loop:
     """start() -> (parameters, train(config, generator, resume, reward)); `reward` replaces the loop's own if given.
 
     cuts: settings that divide the work and must not change the result. once: the settings of one round with one update,
@@ -35,10 +37,10 @@ class Loop(NamedTuple):
 
     start: Callable[[], tuple[list, Callable]]
     config: Any
-    cuts: dict = {}
+    cuts: dict = field(default_factory=dict)
     once: dict | None = None
     still: str | None = "all"
-    constant: dict = {}
+    constant: dict = field(default_factory=dict)
 
 
 def distance(samples, prompts):
@@ -313,5 +315,5 @@ def test_a_column_may_appear_later(tmp_path):
     rows = [{"step": 0, "reward": 1.0}, {"step": 1, "reward": 2.0, "kept": 3.0}]
     run.write_metrics(rows, tmp_path / "metrics.csv")
     with open(tmp_path / "metrics.csv", newline="") as file:
-        assert list(csv.DictReader(file))[0]["kept"] == ""
+        assert next(csv.DictReader(file))["kept"] == ""
     assert run.read_metrics(tmp_path / "metrics.csv") == rows

@@ -145,7 +145,10 @@ def test_memory_of_the_initial_noise(num_steps, std, eta, fraction, digits):
 
 
 def test_nothing_has_happened_yet_at_the_old_policy():
-    """On compass: ratio exactly 1, loss -mean(A), gradient -mean(A grad log p), clip fraction 0."""
+    """On compass: ratio 1, loss -mean(A), gradient -mean(A grad log p), clip fraction 0.
+
+    To rounding: a matrix product of 64 rows may add in another order than one of 16.
+    """
     policy, _, world = float64_policy("compass", num_steps=4)
     policy.network.residual.net[-1].weight.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
     with torch.no_grad():
@@ -155,9 +158,10 @@ def test_nothing_has_happened_yet_at_the_old_policy():
     advantages = group_advantages(rewards, group)
     b, s = torch.cartesian_prod(torch.arange(16), torch.arange(4)).unbind(-1)
     out = policy.step(traj.states[b, s], s, traj.condition[b], next=traj.states[b, s + 1], reduction="mean")
-    assert torch.equal(out.log_prob, traj.log_probs[b, s])
+    torch.testing.assert_close(out.log_prob, traj.log_probs[b, s], atol=1e-12, rtol=0)
     loss, info = clipped_surrogate(out.log_prob, traj.log_probs[b, s], advantages[b], 0.1)
-    assert torch.equal(loss, -advantages[b]) and not info["clip_fraction"].any() and not info["approx_kl"].any()
+    torch.testing.assert_close(loss, -advantages[b], atol=1e-12, rtol=0)
+    assert not info["clip_fraction"].any() and info["approx_kl"].abs().max() < 1e-15
     loss = loss.mean()
     parameters = policy.parameters()
     gradient = torch.autograd.grad(loss, parameters, retain_graph=True)
