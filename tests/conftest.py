@@ -35,7 +35,7 @@ def two_processes(tmp_path_factory):
         script, out = folder / "two.py", str(folder / "two.pt")
         script.write_text(source.format(folder=str(Path(__file__).parent), out=out))
         # accelerate's own launcher would quietly start one process on a machine without a GPU
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(out)

@@ -411,18 +411,6 @@ def trained(rounds=4, resume=None, **settings):
     return torch.cat([p.detach().flatten() for p in loaded.policy.parameters()]), last
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_rows_per_pass_and_resuming_change_nothing(case):
-    whole, last = trained(**CASES[case])
-    torch.testing.assert_close(trained(**CASES[case] | dict(rows_per_pass=5))[0], whole, atol=1e-6, rtol=0)
-    _, half = trained(2, **CASES[case])
-    resumed, again = trained(resume=half.checkpoint(), **CASES[case])
-    torch.testing.assert_close(resumed, whole)
-    assert again.metrics["multiplier_1"] == last.metrics["multiplier_1"]
-    assert again.network_evaluations == last.network_evaluations
-    assert not torch.allclose(whole, trained(**CASES["critic" if case != "critic" else "batch"])[0])
-
-
 def test_a_critic_with_too_few_heads_is_refused():
     place, policy, rewards = world()
     policy.add_value_heads(network=tokens.PrefixTree(torch.zeros(1, tokens.num_prefixes(4), 2)))
@@ -556,30 +544,23 @@ def test_a_sampler_climbs_along_i_projections(variant, theta):
 IMAGES = dict(num_prompts=3, group_size=4, num_minibatches=2, baseline="prompt", gae_lambda=1.0)
 
 
-def on_compass(rounds=3, resume=None, **settings):
-    """(weights, last step): two rewards of points in the plane, in float64."""
+def on_compass(rounds=3, **settings):
+    """Weights after a few rounds on two rewards of points in the plane, in float64."""
     loaded = worlds.load("compass", num_steps=5)
     policy = loaded.policy
     policy.network.double()
     policy.set_num_steps(5)
     config = Config(thresholds=(0.5, 0.2), num_iterations=rounds, **IMAGES | dict(variant="xi") | settings)
     rewards = [loaded.rewards["side"], loaded.rewards["style"]]
-    *_, last = constrained.train(policy, rewards, loaded.prompts, config, resume=resume)
-    return torch.cat([p.detach().flatten() for p in policy.parameters()]), last
+    list(constrained.train(policy, rewards, loaded.prompts, config))
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
-def test_passes_of_a_sampler_and_resuming_change_nothing():
-    whole, last = on_compass()
-    parts, _ = on_compass(rows_per_pass=5, steps_per_pass=2)
-    torch.testing.assert_close(parts, whole, atol=1e-7, rtol=0)
-    _, half = on_compass(2)
-    resumed, again = on_compass(resume=half.checkpoint())
-    torch.testing.assert_close(resumed, whole, atol=1e-12, rtol=0)
-    assert again.metrics["multiplier_1"] == last.metrics["multiplier_1"]
-    # a ratio of means is the D-th root of a ratio of sums: before the first update both are 1, then they are clipped
-    once = [on_compass(1, num_minibatches=1, reduction=reduction)[0] for reduction in ("sum", "mean")]
+def test_a_mean_over_elements_rescales_the_ratio_alone():
+    """It is the D-th root of a ratio of sums: before the first update both are 1, then they are clipped elsewhere."""
+    once = [on_compass(1, num_minibatches=1, reduction=reduction) for reduction in ("sum", "mean")]
     torch.testing.assert_close(*once, atol=1e-4, rtol=0)  # Adam: the gradient's scale is all that differs
-    assert not torch.allclose(on_compass(reduction="sum", clip_range=0.001)[0], on_compass(clip_range=0.001)[0])
+    assert not torch.allclose(on_compass(reduction="sum", clip_range=0.001), on_compass(clip_range=0.001))
 
 
 def two_image_rewards(model="diffusion", **settings):
@@ -613,32 +594,3 @@ def test_denoising_needs_another_baseline_and_noise():
     config = Config(thresholds=(1.0,), baseline="batch")
     with pytest.raises(ValueError, match="eta = 0"):
         next(constrained.train(loaded.policy, [loaded.rewards["first_coordinate"]], loaded.prompts, config))
-
-
-# ---- several processes -----------------------------------------------------------------------------------------------
-
-
-TWO_PROCESSES = """
-import sys, torch
-from accelerate import PartialState
-state = PartialState(cpu=True)
-sys.path[:0] = [{folder!r}]
-from test_constrained import CASES, trained
-found = {{}}
-for case in CASES:
-    weights, last = trained(**CASES[case])
-    found[case] = weights, last.row()
-if state.is_main_process:
-    torch.save(found, {out!r})
-state.destroy_process_group()
-"""
-
-
-def test_two_processes_give_what_one_gives(two_processes):
-    """Twenty-one responses, so that the shares are unequal and groups are split."""
-    for case, (weights, row) in two_processes(TWO_PROCESSES).items():
-        one, last = trained(**CASES[case])
-        torch.testing.assert_close(weights, one, atol=1e-7, rtol=0)
-        assert row.keys() == last.row().keys() and {"approx_kl", "clip_fraction"} < row.keys()
-        for name in row.keys() - {"seconds"}:
-            assert row[name] == pytest.approx(last.row()[name], abs=1e-6), name

@@ -126,18 +126,6 @@ def test_it_learns_which_response_wins(kind, odin, tokenizer):
     assert not any(p.requires_grad for p in model.network.parameters())
 
 
-def test_resuming_gives_the_uninterrupted_run(tokenizer):
-    config, pairs = Config(num_epochs=2, batch_size=16, learning_rate=1e-2), preferences(40)
-    whole, checkpoints = RewardModel(network(), tokenizer), []
-    for step in reward_model.train(whole, pairs, config):
-        checkpoints.append(step.checkpoint())
-    rest = RewardModel(network(seed=5), tokenizer)
-    steps = list(reward_model.train(rest, pairs, config, torch.Generator().manual_seed(9), checkpoints[2]))
-    assert [s.number for s in steps] == [3, 4, 5]
-    for a, b in zip(whole.network.parameters(), rest.network.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_weight_averaging_is_the_mean_of_the_weights():
     nets = [network(seed=i) for i in range(3)]
     into = reward_model.average_weights(nets, copy.deepcopy(nets[0]))
