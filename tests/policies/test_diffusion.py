@@ -34,7 +34,8 @@ def test_rollout_score_and_step_on_every_class(tmp_path, generator):
         # the ratio is 1 before the first update, all steps scored in one call
         b, s = torch.cartesian_prod(torch.arange(3), torch.arange(4)).unbind(-1)
         out = policy.step(traj.states[b, s], traj.steps[s], traj.condition[b], next=traj.states[b, s + 1])
-        torch.testing.assert_close(out.log_prob.view(3, 4), traj.log_probs, atol=2e-6, rtol=0)
+        # a convolution over 12 rows rounds differently from one over 3: some ten spacings of float32 in the densities
+        torch.testing.assert_close(out.log_prob.view(3, 4), traj.log_probs, atol=1e-5, rtol=0)
         out.log_prob.sum().backward()
         gradients = [p.grad for p in policy.parameters() if p.grad is not None]
         assert gradients and any(g.abs().max() > 0 for g in gradients)
