@@ -9,9 +9,8 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import get_type_hints
 
-from minialign.settings import Count, Natural, NonNegative, parse
+from minialign.settings import Count, Natural, NonNegative, annotations, parse
 
 METHODS = ("ddpo", "b2diffurl", "rlcm", "rwr", "ppo")
 
@@ -111,7 +110,7 @@ def parse_value(field: str, text: str, annotation):
 def settings(method: str, world: str, assignments: list[str], steps: int | None) -> tuple[dict, object]:
     """(world settings, the method's Config) from the recipe and the user's --set and --steps. Raises UserError."""
     module = importlib.import_module(f"minialign.methods.{method}")
-    fields = get_type_hints(module.Config, include_extras=True)
+    fields = annotations(module.Config)
     world_settings = dict(eta=1.0, guidance_scale=1.0, lora_rank=16) | WORLDS[world]
     if method in LANGUAGE:
         world_settings = dict(WORLDS[world])

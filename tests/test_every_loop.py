@@ -160,7 +160,8 @@ LOOPS = {
     "ddpo on a shaped reward": Loop(on_compass(ddpo, shaped), DDPO, dict(steps_per_pass=2), ONCE),
     "b2diffurl": Loop(on_compass(b2diffurl), B2, dict(steps_per_pass=1), ONCE),
     "b2diffurl by pairs": Loop(
-        on_compass(b2diffurl), dataclasses.replace(B2, objective="pairwise"), dict(steps_per_pass=1), ONCE, still=None
+        on_compass(b2diffurl), dataclasses.replace(B2, objective="pairwise"), dict(steps_per_pass=1),
+        ONCE | dict(first_window=5, last_window=5), still=None,
     ),
     "rlcm": Loop(consistency_start, RLCM, {}, dict(num_iterations=1, num_minibatches=1)),
     "rlcm by rebel": Loop(consistency_start, dataclasses.replace(RLCM, objective="rebel"), {},

@@ -65,7 +65,7 @@ class Config(Settings):
     variant: Literal["mu", "xi", "all", "fixed"] = "mu"  # at least theta; exactly; at most, all being the task; PPO
     squash: bool = True  # multipliers through sigmoid or tanh; False: the textbook's dual
     standardise: bool = True  # each advantage by itself, before mixing; False: multipliers are the tilt itself
-    multiplier_lr: Positive = 0.1  # SGD, one step after every policy step; .5 oscillates
+    multiplier_lr: NonNegative = 0.1  # SGD, one step after every policy step; .5 oscillates
     multiplier_momentum: Fraction = 0.1
     multiplier_max_norm: Limit = 0.5  # l2, of the multipliers' gradient
     beta: NonNegative = 0.02  # reward per nat inside each reward of "all" and "fixed"; it cancels elsewhere

@@ -54,6 +54,8 @@ CASES = {
     "ddim_step scores": (step("v_prediction", next=Z), (X, Y, A, A_NEXT)),
     "ddim_step x0": (step("sample"), (X, Y, A, A_NEXT)),
     "ddim_alpha_bars": (lambda table, t: kernels.ddim_alpha_bars(table, t, 2, 0.99), (A, torch.tensor([4, 3, 1]))),
+    "means": (lambda p, q: kernels.means({"p": p, "q": q}), (LOG_P, LOG_Q)),
+    "weighted_sums": (lambda p, q: kernels.weighted_sums({"p": p}, q), (LOG_P, LOG_Q)),
     "clipped_surrogate": (lambda p, q, a: kernels.clipped_surrogate(p, q, a, 0.2), (LOG_P, LOG_Q, REWARDS)),
     "group_advantages": (lambda r, g: kernels.group_advantages(r, g), (REWARDS, GROUP)),
     "group_advantages centred": (lambda r, g: kernels.group_advantages(r, g, scale=False), (REWARDS, GROUP)),

@@ -228,7 +228,7 @@ def test_impossible_settings_are_refused():
     world = worlds.load("compass", num_steps=5)
     for change, message in [
         ({"advantage": "brnch"}, "advantage is 'brnch'; expected one of 'global', 'branch'"),
-        ({"num_branches": 0}, "num_branches is 0; it must be at least 1"),
+        ({"num_branches": 0}, "num_branches is 0; expected a whole number of at least 1"),
         ({"first_window": 6, "last_window": None}, "grows from 6 to 5 steps, but must stay within 1 and the 5"),
         ({"last_window": 1}, "not shrink"),
         ({"advantage": "branch", "num_branches": 1}, "needs branch_sampling=True and num_branches of at least 2"),

@@ -210,7 +210,7 @@ def test_impossible_settings_are_refused():
     def run(**change):
         return next(cd.train(student, teacher, world.real, cd.Config(**change)))
 
-    with pytest.raises(ValueError, match="expected 'l2' or 'huber'"):
+    with pytest.raises(ValueError, match="metric is 'lpips'; expected one of 'l2', 'huber'"):
         run(metric="lpips")
     with pytest.raises(ValueError, match="network cannot be told the scale"):
         run(guidance_range=(1.0, 4.0))

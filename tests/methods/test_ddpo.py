@@ -125,8 +125,8 @@ def test_impossible_settings_are_refused():
     for change, message in [
         ({"baseline": "prmpt"}, "baseline is 'prmpt'; expected one of 'prompt'"),
         ({"num_minibatches": 17}, "more than the 16 samples"),
-        ({"timestep_fraction": 0.0}, "timestep_fraction is 0.0; it must lie in"),
-        ({"group_size": 0}, "group_size is 0; it must be at least 1"),
+        ({"timestep_fraction": 0.0}, "timestep_fraction is 0.0; expected a finite number above 0 and at most 1"),
+        ({"group_size": 0}, "group_size is 0; expected a whole number of at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             next(ddpo.train(world.policy, distance, world.prompts, dataclasses.replace(SMALL, **change)))

@@ -1,7 +1,7 @@
 """Reward shapings: the sheet's numbers, invariances, running statistics, and a shaped reward inside real loops."""
 
 import math
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from minialign.kernels import group_advantages
 from minialign.loop import fit
 from minialign.methods import ddpo, par
 from minialign.methods.par import Config, Shaped, shape_reward
+from minialign.settings import annotations
 from minialign.statistics import Moments
 
 F64 = torch.float64
@@ -59,7 +60,7 @@ def slow(method, r, refs, s, c):
 
 
 def test_every_shaping_can_be_asked_for():
-    assert set(get_args(get_type_hints(Config)["method"])) == set(par.SHAPINGS)
+    assert set(get_args(annotations(Config)["method"])) == set(par.SHAPINGS)
 
 
 @pytest.mark.parametrize("method", par.SHAPINGS)
@@ -171,7 +172,7 @@ def test_the_length_penalty_comes_first():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: shape_reward(R, REFS, "parr"), "unknown shaping 'parr'"),
+        (lambda: shape_reward(R, REFS, "parr"), "method is 'parr'; expected one of 'vanilla', 'centred'"),
         (lambda: shape_reward(R), "needs references"),
         (lambda: shape_reward(R, config="clip"), "needs statistics"),
         (lambda: shape_reward(R, config=Config("vanilla", length_limit=3)), "no lengths"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from minialign.exact import discrete_kl, exponential_tilt
 from minialign.kernels import gae, masked_whiten
-from minialign.loop import fit
+from minialign.loop import Batch, fit
 from minialign.methods import ppo
 from minialign.policies.language import LanguagePolicy
 
@@ -106,7 +106,8 @@ def test_at_the_sampling_weights_the_gradient_is_the_policy_gradient(kind):
         scores = reward(responses.texts, None)
         group = torch.arange(8).repeat_interleave(2)
         policy.network.logits.add_(0.0)
-        batch, kl = ppo.round_estimates(policy, responses, scores, group, torch.arange(16), 0.3, config)
+        drawn = Batch(["?"] * 16, torch.zeros(16), group, torch.arange(16))
+        batch, kl = ppo.round_estimates(policy, responses, scores, drawn, 0.3, config)
     assert kl.abs().max() == 0  # still the reference
     if kind == "gae":
         rewards = torch.zeros(16, LENGTH, dtype=torch.float64)

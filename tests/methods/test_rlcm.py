@@ -91,10 +91,9 @@ def test_only_the_trained_actions_have_a_gradient():
     assert not torch.allclose(first, every)
 
 
-@pytest.mark.parametrize("trained_actions", [0, 4])
-def test_actions_that_do_not_exist_are_refused(trained_actions):
+def test_actions_that_do_not_exist_are_refused():
     world, policy = student()
-    config = dataclasses.replace(SMALL, trained_actions=trained_actions)
+    config = dataclasses.replace(SMALL, trained_actions=4)
     with pytest.raises(ValueError, match="4 calls have 1 to 3"):
         next(rlcm.train(policy, distance, world.prompts, config))
 
