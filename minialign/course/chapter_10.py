@@ -169,7 +169,7 @@ RUNNING_ADVANTAGES = Exercise(
 
 def clipped_surrogate(log_prob, log_prob_old, advantages, clip_range):
     """PPO's loss, a scalar: the package's own, without its metrics."""
-    return kernels.clipped_surrogate(log_prob, log_prob_old, advantages, clip_range)[0]
+    return kernels.clipped_surrogate(log_prob, log_prob_old, advantages, clip_range)[0].mean()
 
 
 def _surrogate(formula):
