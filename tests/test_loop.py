@@ -1,5 +1,7 @@
 """Histories and checkpoints."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -63,3 +65,114 @@ def test_one_process_owns_every_row():
     assert loop.own_rows(5).tolist() == [0, 1, 2, 3, 4]
     values = torch.arange(10.0).view(5, 2)
     assert torch.equal(loop.gather_rows(values, loop.own_rows(5), 5), values)
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    num_iterations: int = 3
+    max_grad_norm: float = 1.0
+    warmup_updates: int = 0
+
+
+class Counted:
+    network_evaluations = 0
+
+
+def start(config=Config(), **changes):
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    return weight, loop.Run(config, torch.optim.SGD([weight], lr=0.5), **changes)
+
+
+def test_a_rounds_metrics_are_weighted_and_averaged_over_its_updates():
+    weight, run = start()
+    number = next(run.rounds())
+    for parts in ([(1.0, 0.25), (5.0, 0.75)], [(2.0, 1.0)]):  # two updates, the first in two parts
+        for value, share in parts:
+            run.backward(weight.sum() * value, {"loss": torch.tensor(value)}, share)
+        run.update()
+    step = run.step({"reward": torch.tensor(7.0)}, reward_queries=4, labels=2)
+    assert number == step.number == 0 and step.row()["loss"] == ((0.25 + 3.75) + 2) / 2 and step.row()["reward"] == 7
+    assert step.costs == {"network_evaluations": 0, "reward_queries": 4, "labels": 2}
+
+
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_moves():
+    weight, run = start()
+    next(run.rounds())
+    run.backward((weight * torch.tensor([1.0, torch.inf])).sum(), {})
+    with pytest.raises(FloatingPointError, match=r"gradient of update 1 is not finite.*learning rate, 0\.5: try 0\.05"):
+        run.update()
+    assert torch.equal(weight.detach(), torch.zeros_like(weight)) and weight.grad is None
+
+
+def test_the_learning_rate_warms_up_and_is_scaled_and_resumes(tmp_path):
+    weight, run = start(Config(warmup_updates=4))
+    for _ in run.rounds():
+        run.backward(weight.sum(), {})
+        run.update(0.5)
+        step = run.step({}, reward_queries=1)
+        if step.number == 1:
+            loop.save_checkpoint(step.checkpoint(), tmp_path / "c.safetensors")
+    assert step.row()["learning_rate"] == 0.5 * 0.5 * 3 / 4 and step.row()["grad_norm"] == pytest.approx(2**0.5)
+    other, resumed = start(Config(warmup_updates=4), resume=loop.load_checkpoint(tmp_path / "c.safetensors"))
+    for number in resumed.rounds():
+        assert number == 2
+        resumed.backward(other.sum(), {})
+        resumed.update(0.5)
+        again = resumed.step({}, reward_queries=1)
+    assert torch.equal(weight, other) and again.costs == step.costs and again.row()["learning_rate"] == 0.1875
+
+
+def test_what_is_looked_at_between_two_rounds_is_not_charged():
+    policy = Counted()
+    _, run = start(counts=[policy])
+    for _ in run.rounds():
+        policy.network_evaluations += 10
+        step = run.step({}, reward_queries=0)
+        policy.network_evaluations += 1_000  # somebody looks at samples
+    assert step.network_evaluations == 30
+
+
+def test_what_has_a_state_is_kept_and_what_has_none_is_left_alone():
+    class Counter:
+        total = 0
+
+        def tensors(self):
+            return {"total": torch.tensor(self.total)}
+
+        def load(self, tensors):
+            self.total = int(tensors["total"])
+
+    counter = Counter()
+    _, run = start(reward=counter, other=lambda samples, prompts: samples)
+    next(run.rounds())
+    counter.total = 5
+    checkpoint = run.step({}).checkpoint()
+    assert int(checkpoint["reward.total"]) == 5 and not any(name.startswith("other") for name in checkpoint)
+    fresh = Counter()
+    start(reward=fresh, resume=checkpoint)
+    assert fresh.total == 5
+
+
+def test_a_round_of_groups_is_drawn_and_cut(generator):
+    _, run = start(generator=generator)
+    batch = run.draw(["a", "b", "c"], 5, 2, unit=2)
+    assert len(batch) == 10 and batch.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert batch.prompts == ["abc"[i] for i in batch.drawn.tolist()] and batch.prompts[::2] == batch.prompts[1::2]
+    assert batch.own_prompts == batch.prompts and torch.equal(batch.gather(batch.group), batch.group)
+    parts = run.minibatches(10, 3, batch.own)
+    assert [len(part.rows) for part in parts] == [4, 3, 3] and all(part.share == 1 for part in parts)
+    assert sorted(row for part in parts for row in part.rows.tolist()) == list(range(10))
+    assert all(part.rows.tolist() == sorted(part.everyone.tolist()) for part in parts)
+    pairs = torch.tensor([[7, 6], [2, 3], [9, 8]])
+    assert sorted(run.minibatches(pairs, 1, batch.own)[0].rows.tolist()) == sorted(pairs.tolist())
+    assert [len(part.rows) for part in run.minibatches(2, 4, batch.own)] == [1, 1]  # too few for four parts
+
+
+def test_a_column_that_appears_later_is_nan_before_and_a_missing_one_is_named():
+    history = loop.History([{"reward": 1.0}, {"reward": 2.0, "kept": 3.0}])
+    assert history["kept"][1] == 3 and history["kept"][0] != history["kept"][0]
+    with pytest.raises(KeyError, match="no column 'kepd'; there are: reward, kept"):
+        history["kepd"]
