@@ -41,3 +41,23 @@ def two_processes(tmp_path_factory):
         return torch.load(out)
 
     return run
+
+
+# ---- where to look when an exact optimum is missed -------------------------------------------------------------------
+
+PROBES = """An optimum is missed for many reasons. Look in this order, and at the next only when the last is green:
+1. the ratio is 1 before the first update:        pytest tests/test_every_loop.py -k "ratio and {name}"
+2. the gradient is the policy gradient's, 4 s.e.: pytest tests/methods -k "{name} and policy_gradient"
+3. the optimum: this test; then step size, rounds, and what the KL is weighed against."""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "optimum(name): a loop reaches an exact optimum; a failure says where to look")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    marker = item.get_closest_marker("optimum")
+    if marker and report.failed:
+        report.sections.append(("where to look", PROBES.format(name=marker.args[0])))

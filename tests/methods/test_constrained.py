@@ -256,6 +256,7 @@ def run(place, policy, rewards, seed=0, **settings):
 
 
 @pytest.mark.parametrize(("variant", "off", "bar"), [("mu", 0.04, 0.15), ("xi", 0.1, 0.6)])
+@pytest.mark.optimum("constrained")
 def test_a_trained_policy_lands_on_the_i_projection(variant, off, bar):
     """Fewer and longer steps than in the replication; the base model is 2.5 nats away. xi still swings by then: its
     weights start at 0, so it climbs late, and fast (measured: .06 to .09 nats for mu, .12 to .51 for xi)."""
@@ -320,6 +321,7 @@ def test_a_tilt_is_stationary_where_its_weights_are_the_multipliers():
 FAST = dict(learning_rate=0.03, num_iterations=120, num_prompts=256, rows_per_pass=256)
 
 
+@pytest.mark.optimum("constrained")
 def test_fixed_multipliers_without_standardising_are_a_tilt():
     # check 3: l / (N - sum l) with c = 1; raw values start near 0, so both are near 1/2 over 1
     place, policy, rewards = world()
@@ -330,6 +332,7 @@ def test_fixed_multipliers_without_standardising_are_a_tilt():
     assert place.kl(law, expected) < 0.02 < 0.1 < place.kl(law, tilt(place, 3, 3))
 
 
+@pytest.mark.optimum("constrained")
 def test_the_textbooks_multipliers_are_the_tilt():
     place, policy, rewards = world()
     theta = torch.tensor([0.35, 0.3], dtype=torch.float64)
@@ -499,6 +502,7 @@ def on_the_line(rounds, theta, **settings):
     return loaded.sampler, torch.stack(path), levels
 
 
+@pytest.mark.optimum("constrained")
 def test_a_samplers_dual_lands_on_its_i_projection():
     """The nearest path law with E[x_0] = theta shifts step i by optimum(beta), beta = Vn / shift, and its multiplier is
     shift / Vn (sheets constrained and ddpo)."""
