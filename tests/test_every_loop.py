@@ -324,9 +324,9 @@ def test_a_column_may_appear_later(tmp_path):
 def test_a_missed_optimum_says_where_to_look(tmp_path):
     """A failing test that is marked prints the order of the probes, of its own loop; others do not."""
     (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n\n@pytest.mark.optimum('ppo')\ndef test_a():\n    assert False\n\ndef test_b():\n    assert False\n"
-    )
+    fails = "def {name}():\n    assert False\n"
+    marked = "import pytest\n\n@pytest.mark.optimum('ppo')\n" + fails.format(name="test_a")
+    (tmp_path / "test_it.py").write_text(marked + fails.format(name="test_b"))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(tmp_path)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path).stdout
     assert said.count("where to look") == 1 and '-k "ratio and ppo"' in said and "4 s.e." in said
