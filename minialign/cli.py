@@ -96,7 +96,7 @@ def command_course(args) -> int:
 
 
 def command_grade(args) -> int:
-    from minialign.course import grade, sandbox
+    from minialign.course.grader import grade, sandbox
 
     limits = sandbox.Limits(seconds=args.seconds, wall=3 * args.seconds)
     try:

@@ -23,13 +23,12 @@ import torch
 
 from minialign.course import build
 from minialign.course.check import Exercise, Quiz, find
-from minialign.course.needed import answers
-from minialign.course.sandbox import PACKAGE
-from minialign.course.wire import Unreadable
+from minialign.course.grader.needed import answers
+from minialign.course.grader.sandbox import PACKAGE
+from minialign.course.grader.wire import Unreadable
 
 MAX_BYTES = 10 << 20  # of a notebook; the chapters, pictures included, are below 1.5 MB
 MAX_CELLS, MAX_CODE = 2_000, 400_000  # cells; characters of code, of which all submissions' are held in memory
-GRADER = ("check", "observe", "grade", "gradebook", "locks", "needed", "sandbox", "submission", "wire", "worker")
 
 
 # ---------------------------------------------------------------------------------- what is asked
@@ -93,8 +92,8 @@ def _fingerprint(number: str, given: Sequence) -> str:
     import minialign
 
     texts = [minialign.__version__, torch.__version__, json.dumps(given)]
-    files = [PACKAGE / "course" / f"{name}.py" for name in (f"chapter_{number}", *GRADER)]
-    for path in [*files, *sorted(PACKAGE.glob("kernels/*.py"))]:
+    course = [PACKAGE / "course" / name for name in (f"chapters/chapter_{number}.py", "check.py", "observe.py")]
+    for path in [*course, *sorted(PACKAGE.glob("course/grader/*.py")), *sorted(PACKAGE.glob("kernels/*.py"))]:
         texts.append(path.read_text(encoding="utf-8") if path.exists() else "")
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from minialign.course.submission import Chapter
+from minialign.course.grader.submission import Chapter
 
 STATES = ("passed", "wrong", "not attempted", "stopped", "missing")
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20'")  # what spreadsheets take for one's beginning; ' keeps names apart

@@ -33,10 +33,10 @@ from collections.abc import Callable, Mapping
 import torch
 
 from minialign.course import observe as observing
-from minialign.course.locks import lock, seccomp
-from minialign.course.needed import needed
+from minialign.course.grader.locks import lock, seccomp
+from minialign.course.grader.needed import needed
+from minialign.course.grader.wire import plain, unpack
 from minialign.course.observe import Outcome, observe
-from minialign.course.wire import plain, unpack
 
 DUMPABLE, PDEATHSIG, SUBREAPER = 4, 1, 36  # prctl
 FRAME = struct.Struct("<II")  # lengths of a header, JSON, and of what follows it, bytes from the student's process

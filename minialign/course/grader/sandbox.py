@@ -50,11 +50,12 @@ from typing import NamedTuple
 
 import torch
 
-from minialign.course.locks import landlock, seccomp
-from minialign.course.worker import FRAME
+from minialign.course.grader.locks import landlock, seccomp
+from minialign.course.grader.worker import FRAME
 
-PACKAGE = Path(__file__).resolve().parents[1]
-INSIDE = ("locks.py", "needed.py", "observe.py", "wire.py", "worker.py")  # of the course, with STUB
+PACKAGE = Path(__file__).resolve().parents[2]
+# Of the course, with STUB; of the grader, what runs inside, and none of what judges.
+INSIDE = ("observe.py", *(f"grader/{name}.py" for name in ("__init__", "locks", "needed", "wire", "worker")))
 STUB = '''"""In the grader's sandbox the course is empty: no checks, no references, no answers."""
 
 
@@ -311,7 +312,7 @@ class Sandbox:
         """The sandbox's own minialign.course; for a subprocess, in a copy of the package that is links otherwise."""
         package = Path(self.scratch.name) / "minialign"
         if not package.exists():
-            (package / "course").mkdir(parents=True)
+            (package / "course/grader").mkdir(parents=True)
             (package / "course/__init__.py").write_text(STUB)
             for name in INSIDE:
                 shutil.copy(PACKAGE / "course" / name, package / "course" / name)
@@ -375,7 +376,7 @@ def _bootstrap(folder: Path, kind: str) -> str:
     paths = [str(PACKAGE.parent if kind == "bubblewrap" else folder.parent), *installed]
     return (
         f"import sys; sys.path[:] = {paths[:1]} + [*sys.path, *(p for p in {paths[1:]} if p not in sys.path)]; "
-        "from minialign.course import worker; worker.main(int(sys.argv[1]), 'inner' in sys.argv)"
+        "from minialign.course.grader import worker; worker.main(int(sys.argv[1]), 'inner' in sys.argv)"
     )
 
 

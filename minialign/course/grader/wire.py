@@ -13,7 +13,6 @@ import dis
 import importlib
 import json
 import marshal
-import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,8 +165,7 @@ def _importable(value: Any) -> list[str] | None:
 def _installed(module: str) -> bool:
     """Whether the sandbox has the module: the package's own, the standard library's, or an installed one."""
     file = getattr(sys.modules[module], "__file__", None)
-    folders = [sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(os.path.dirname(__file__)))]
-    return file is None or (module.startswith("minialign.") or any(file.startswith(f) for f in folders[:2]))
+    return file is None or module.startswith("minialign.") or file.startswith((sys.prefix, sys.base_prefix))
 
 
 def _tensor_out(tensor: torch.Tensor) -> list:

@@ -50,13 +50,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from minialign.course import gradebook, sandbox
 from minialign.course.check import GO_ON, Exercise, Quiz, Verdict, judge, quiz, registered
-from minialign.course.gradebook import Grade, Run, slug
-from minialign.course.needed import answers
-from minialign.course.observe import Outcome
-from minialign.course.sandbox import Broken, Limits, Lost, Sandbox
-from minialign.course.submission import (
+from minialign.course.grader import gradebook, sandbox
+from minialign.course.grader.gradebook import Grade, Run, slug
+from minialign.course.grader.needed import answers
+from minialign.course.grader.sandbox import Broken, Limits, Lost, Sandbox
+from minialign.course.grader.submission import (
     Chapter,
     Item,
     Submission,
@@ -66,7 +65,8 @@ from minialign.course.submission import (
     sha256,
     targets,
 )
-from minialign.course.wire import Packer, Unreadable, read_result, read_stated
+from minialign.course.grader.wire import Packer, Unreadable, read_result, read_stated
+from minialign.course.observe import Outcome
 
 # ---------------------------------------------------------------------------------- judging
 

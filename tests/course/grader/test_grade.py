@@ -1,7 +1,7 @@
 """The grader against a class in which most are hostile: each gets the grade it earned, and nobody else's moves.
 
 Run as a script, this file grades a large class made of the real chapters, kills a run half-way, and says how long it
-took:    python tests/course/test_grade.py 300
+took:    python tests/course/grader/test_grade.py 300
 """
 
 import csv
@@ -23,13 +23,14 @@ import pytest
 import torch
 
 from minialign import cli
-from minialign.course import Exercise, Quiz, grade, gradebook, locks, sandbox, wire
+from minialign.course import Exercise, Quiz
 from minialign.course.check import difference, registered
-from minialign.course.needed import needed
+from minialign.course.grader import grade, gradebook, locks, sandbox, wire
+from minialign.course.grader.needed import needed
+from minialign.course.grader.sandbox import PACKAGE, Limits
 from minialign.course.observe import observe
-from minialign.course.sandbox import PACKAGE, Limits
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECRET = "the-answer-is-4217"  # stands in every file that a submission must not see
 RIGHT = "def double(x, scale):\n    return scale(x) + x"
 SECOND = "def slope(weights):\n    return weights.square().sum()"
@@ -73,7 +74,7 @@ QUESTION = Quiz("99/q1", points=1, answer="b", why={"a": "Tempting, but no.", "b
 @pytest.fixture(autouse=True, scope="module")
 def chapter():
     """Registered here, in the grader's process; the sandbox has no such module."""
-    name = "minialign.course.chapter_99"
+    name = "minialign.course.chapters.chapter_99"
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].exercises = [DOUBLE, SLOPE, QUESTION]
     yield sys.modules[name]
@@ -180,7 +181,7 @@ ATTACKS = {
         ANY, "",
     ),
     "patches the observer": (
-        "import sys\nworker = sys.modules['minialign.course.worker']\n"
+        "import sys\nworker = sys.modules['minialign.course.grader.worker']\n"
         "worker.observe = worker.plain = lambda *a, **k: {'status': 'passed', 'points': 99}\n" + BODY + "    return 0",
         "stopped", "could not be read",
     ),
@@ -213,9 +214,10 @@ ATTACKS = {
         "for fd in range(3, 64):\n    try: os.write(fd, pickle.dumps(Boom()))\n    except OSError: pass\nos._exit(0)",
         "stopped", "could not be read",
     ),
-    "reads the answers": (BODY + "    return open('PACKAGE/course/chapter_00.py').read()", "wrong", DENIED),
+    "reads the answers": (BODY + "    return open('PACKAGE/course/chapters/chapter_00.py').read()", "wrong", DENIED),
     "imports the answers": (
-        "from minialign.course import chapter_00\n" + BODY + "    return chapter_00.exercises", "wrong", "ImportError",
+        "from minialign.course.chapters import chapter_00\n" + BODY + "    return chapter_00.exercises",
+        "wrong", "ModuleNotFoundError",
     ),
     "imports the checks": (
         "from minialign.course.check import find\n" + BODY + "    return find('00/redness').reference(*args, **kwargs)",
@@ -611,11 +613,11 @@ def test_a_sandbox_with_a_hole_is_not_used(tmp_path, monkeypatch):
     def holed(holes):
         def course(self):
             folder = copied(self)
-            text = (PACKAGE / "course/locks.py").read_text()
+            text = (PACKAGE / "course/grader/locks.py").read_text()
             for hole in holes:
                 assert hole in text
                 text = text.replace(hole, "pass\n")
-            (folder / "locks.py").write_text(text)
+            (folder / "grader/locks.py").write_text(text)
             return folder
 
         return course
@@ -818,7 +820,7 @@ def test_a_plain_subprocess_keeps_time_and_ends_what_is_left_behind(tmp_path, mo
 SCRIPT = """
 import sys
 from pathlib import Path
-from minialign.course import grade
+from minialign.course.grader import grade
 submissions, out, kind, seed = sys.argv[1:]
 limits = grade.Limits(seconds={seconds}, wall={wall})
 grade.grade_all(Path(submissions), Path(out), Path({notebooks!r}), isolation=kind, limits=limits, seed=seed or None)

@@ -1,0 +1,1 @@
+"""The exercises of each chapter, a file each with a list `exercises`, which `check.registered` reads."""
