@@ -347,20 +347,6 @@ def test_an_unknown_model_is_refused():
         shapes.load(model="consistency", folder="nowhere")
 
 
-def test_the_twins_recipe_writes_a_loadable_folder(tmp_path):
-    from minialign import pretrain_consistency
-
-    short = pretrain_consistency.Recipe(
-        num_scenes=48, num_iterations=2, guided_iterations=2, batch_size=4, num_samples=8
-    )
-    rows = pretrain_consistency.main(tmp_path / "out", seed=3, recipe=short, report=lambda line: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert {name for name, _, _ in rows} == {
-        "teacher, eta 0", "teacher, eta 1", "teacher, eta 0, guidance 2.5", "undistilled", "student",
-    }  # fmt: skip
-    assert shapes.load(model="consistency", folder=tmp_path / "out").policy.num_steps == 4
-
-
 # ---- damaged weights -------------------------------------------------------------------------------------------------
 
 
@@ -377,29 +363,3 @@ def test_missing_or_damaged_weights_say_how_to_remake_them(tmp_path):
     (tmp_path / "copy" / name).unlink()
     with pytest.raises(FileNotFoundError, match="missing"):
         shapes.load(folder=tmp_path / "copy")
-
-
-def test_the_recipe_writes_a_loadable_folder(tmp_path):
-    from dataclasses import replace
-
-    from minialign.worlds import pretrain_shapes
-
-    short = replace(
-        pretrain_shapes.Recipe(),
-        num_scenes=60, autoencoder_steps=2, denoiser_steps=2, scorer_steps=2, num_samples=12, num_exact=20,
-        samplers=((2, 1.0, 1.0),),
-        autoencoder_batch=4, denoiser_batch=4, scorer_batch=4,
-    )  # fmt: skip
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
-    said = []
-    first = pretrain_shapes.main(tmp_path / "out", seed=3, recipe=short, report=said.append)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half-written is left beside it
-    assert not (tmp_path / "out" / "old").exists()
-    assert "0.000" in (tmp_path / "out" / "README.md").read_text()
-    assert first["oracle"] == (60, 60)
-    shapes.load(folder=tmp_path / "out")
-    again = pretrain_shapes.main(tmp_path / "again", seed=3, recipe=short, report=said.append)
-    hashes = [(tmp_path / name / "hashes.json").read_text() for name in ("out", "again")]
-    assert hashes[0] == hashes[1]
-    assert again["psnr"] == first["psnr"]

@@ -25,7 +25,8 @@ from minialign.loop import watch
 from minialign.measure import frechet_distance
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
-from minialign.worlds import pretrain_shapes, shapes
+from minialign.pretrain import shapes as pretrain_shapes
+from minialign.worlds import shapes
 
 
 @dataclass(frozen=True)
