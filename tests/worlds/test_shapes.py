@@ -8,7 +8,7 @@ import torch
 
 from minialign import worlds
 from minialign.rewards import checked
-from minialign.worlds import shapes
+from minialign.worlds import shapes, shapes_oracle, shapes_scenes
 from minialign.worlds.base import WEIGHTS
 
 FOLDER = WEIGHTS / "shapes"
@@ -93,10 +93,10 @@ def test_drawing_is_deterministic_and_stays_on_the_paper():
 def test_covered_area_is_the_ideal_one(shape, area):
     # radius 7: pi r^2, (2 r)^2 and sqrt(3) r^2; the cut-off ramp is exact along straight edges, and errs at corners by
     # less than half a pixel each
-    covered = shapes._coverage(
+    covered = shapes_scenes.coverage(
         torch.tensor([shape]),
         torch.tensor([[15.3, 16.6]]),
-        shapes._half_box(torch.tensor([shape]), torch.tensor([7.0])),
+        shapes_scenes.half_box(torch.tensor([shape]), torch.tensor([7.0])),
     )
     assert abs(covered.sum().item() - area) < 1.5
 
@@ -163,7 +163,7 @@ def test_a_relation_is_read_from_the_right_shape_where_there_is_one():
 
 def test_oracle_has_a_margin(monkeypatch, generator):
     # the worst overlap seen in 3,000 drawn scenes is 0.944; without the soft edges it would be lower
-    monkeypatch.setattr(shapes, "MIN_OVERLAP", 0.93)
+    monkeypatch.setattr(shapes_oracle, "MIN_OVERLAP", 0.93)
     prompts = spread("count", 96)
     assert shapes.oracle(shapes.render_scenes(prompts, generator), prompts).tolist() == [1.0] * 96
 
