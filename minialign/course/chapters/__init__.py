@@ -1,1 +1,1 @@
-"""The exercises of each chapter, a file each with a list `exercises`, which `check.registered` reads."""
+"""What the chapters ask: exercises in chapter_NN.py, whose list `exercises` is of all; questions in questions_NN.py."""

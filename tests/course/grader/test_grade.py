@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ import torch
 from minialign import cli
 from minialign.course import Exercise, Quiz
 from minialign.course.check import difference, registered
-from minialign.course.grader import grade, gradebook, locks, sandbox, wire
+from minialign.course.grader import grade, gradebook, locks, sandbox, submission, wire
 from minialign.course.grader.needed import needed
 from minialign.course.grader.sandbox import PACKAGE, Limits
 from minialign.course.observe import observe
@@ -602,6 +603,24 @@ def test_a_mistake_is_named_and_the_smallest_case_shown(tmp_path, graded):
     [one] = grade.grade_all(tmp_path / "one.ipynb", tmp_path / "g.csv", graded.scratch / "notebooks", **options)
     status, _, _, text = one.verdicts["99/double"]
     assert status == "wrong" and "Hint: x is added once more." in text and "the notebook goes on" not in text
+
+
+def test_a_grade_depends_on_every_file_that_it_comes_from(tmp_path, monkeypatch):
+    """So that a resumed run grades again what another version of the course has graded."""
+    for folder in ("course", "kernels"):
+        shutil.copytree(PACKAGE / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(submission, "PACKAGE", tmp_path)
+    before = submission._fingerprint("10", ())
+    for name in (
+        "course/check.py", "course/observe.py", "course/chapters/chapter_10.py", "course/chapters/questions_10.py",
+        "course/grader/grade.py", "course/grader/needed.py", "kernels/language.py",
+    ):  # fmt: skip
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text + "#")
+        assert submission._fingerprint("10", ()) != before, name
+        (tmp_path / name).write_text(text)
+    (tmp_path / "course/chapters/chapter_11.py").write_text("")
+    assert submission._fingerprint("10", ()) == before
 
 
 def test_a_sandbox_with_a_hole_is_not_used(tmp_path, monkeypatch):
