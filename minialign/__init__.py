@@ -8,7 +8,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_ROOMS = ("course", "exact", "kernels", "loop", "measure", "methods", "policies", "rewards", "show", "worlds")
+_ROOMS = ("course", "exact", "kernels", "loop", "measure", "methods", "policies", "rewards", "search", "show", "worlds")
 __all__ = ["__version__", *_ROOMS]
 
 

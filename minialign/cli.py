@@ -16,12 +16,12 @@ from minialign.run import METHODS, WORLDS, UserError, command_run, nearest
 
 REPOSITORY = Path(__file__).parent.parent
 WEIGHTS_MADE_BY = {
-    "assistant": "minialign.worlds.pretrain_tokens",
-    "digits": "minialign.worlds.pretrain_digits",
-    "digits_edm": "minialign.worlds.pretrain_edm",
-    "patches": "minialign.worlds.pretrain_edm",
-    "shapes": "minialign.worlds.pretrain_shapes",
-    "shapes_lcm": "minialign.pretrain_consistency",
+    "assistant": "minialign.pretrain.assistant",
+    "digits": "minialign.pretrain.digits",
+    "digits_edm": "minialign.pretrain.edm",
+    "patches": "minialign.pretrain.edm",
+    "shapes": "minialign.pretrain.shapes",
+    "shapes_lcm": "minialign.pretrain.shapes_lcm",
 }
 
 
@@ -96,7 +96,7 @@ def command_course(args) -> int:
 
 
 def command_grade(args) -> int:
-    from minialign.course import grade, sandbox
+    from minialign.course.grader import grade, sandbox
 
     limits = sandbox.Limits(seconds=args.seconds, wall=3 * args.seconds)
     try:

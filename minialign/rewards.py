@@ -3,7 +3,7 @@
     checked          what every loop calls instead of the reward itself: refuses wrong shapes, nan, lists, and says why
     jpeg_size        kilobytes after JPEG coding; compressibility, incompressibility: two of DDPO's rewards
     clip_scorer      cosine similarity under any transformers CLIPModel; gradients flow into the images
-    weighted_sum     several rewards as one, with the terms kept apart for plotting
+    weighted_sum     several rewards as one, with the terms kept apart for plotting; saturated: near enough of each
 
     checked_set      the border of a reward of a *set*: reward(samples, prompts) -> one number for all of them together
     frechet_to, mmd_to, vendi    such rewards: how near a set is to exemplars, how diverse it is
@@ -301,6 +301,16 @@ def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float | in
     if not weights:
         raise ValueError("weighted_sum needs at least one weight.")
     return WeightedSum(dict(rewards), dict(weights))
+
+
+def saturated(rewards: Sequence[Callable], thresholds: Sequence[float]) -> Callable:
+    """PPO-SAT's reward: -sum_i (r_i - theta_i)^2 of each sample. It also pays for a small variance."""
+
+    def saturation(samples, prompts) -> Tensor:
+        scores = (checked(reward, samples, prompts) for reward in rewards)
+        return -sum((score - theta) ** 2 for score, theta in zip(scores, thresholds, strict=True))
+
+    return saturation
 
 
 # ---------------------------------------------------------------------------------------------- CLIP

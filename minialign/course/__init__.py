@@ -1,7 +1,8 @@
 '''The course: exercises that check themselves, and the builder of the student's edition.
 
 A chapter has three files: `solutions/NN_name.ipynb`, the source; `notebooks/NN_name.ipynb`, built from it by `minialign
-course build`; and `minialign/course/chapter_NN.py`, which keeps references, cases, mistakes and answers out of both:
+course build`; and `chapters/chapter_NN.py`, which keeps references, cases, mistakes and answers out of both. (Questions
+stand beside it, in `questions_NN.py`.)
 
     exercises = [
         Exercise(

@@ -62,7 +62,7 @@ class Verdict(NamedTuple):
 
 def registered(chapter: str) -> list[Exercise | Quiz]:
     """What `chapter_NN.py` registers; nothing if there is no such module."""
-    module = f"minialign.course.chapter_{chapter}"
+    module = f"minialign.course.chapters.chapter_{chapter}"
     try:
         return importlib.import_module(module).exercises
     except ModuleNotFoundError as error:

@@ -74,6 +74,28 @@ def masked_whiten(
     return whitened if shift_mean else torch.where(mask, whitened + mean + lowest, 0.0)
 
 
+def standardise_heads(
+    advantages: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], floor: Float[Tensor, "heads"] | float = 1e-8
+) -> Float[Tensor, "b t heads"]:
+    """Each head to mean 0 and variance 1 (Bessel; + floor^2) over the valid tokens, by itself; 0 behind the end.
+
+    floor, in the head's units: a spread far below it is rounding, and must not become signal.
+    """
+    floors = torch.as_tensor(floor, device=advantages.device, dtype=torch.float32).expand(advantages.shape[-1])
+    heads = zip(advantages.unbind(-1), (floors**2).unbind(), strict=True)
+    return torch.stack([masked_whiten(head, mask, eps=eps, correction=1) for head, eps in heads], -1)
+
+
+def group_baselines(
+    to_come: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], group: Int[Tensor, "b"]
+) -> Float[Tensor, "b t heads"]:
+    """At each action and head the mean, over the episodes of a group that get so far, of what is still to come."""
+    valid = mask.unsqueeze(-1).to(to_come)
+    same = (group.unsqueeze(0) == group.unsqueeze(1)).to(to_come)
+    totals = torch.einsum("ij,jth->ith", same, to_come * valid)
+    return totals / torch.einsum("ij,jth->ith", same, valid).clamp_min(1)
+
+
 def last_token(mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     """True on the last valid token of each row (its EOS, if it has one), nowhere in a row without tokens."""
     return mask & ~_next(mask)

@@ -6,7 +6,7 @@ base model, each reward is a constraint, and the Lagrange multipliers, learned b
 one would have had to guess. They change as training goes.
 
     PPO       sum_i w_i r_i - beta KL                          variant "fixed" on rewards.weighted_sum
-    PPO-SAT   -sum_i (r_i - theta_i)^2 per episode - beta KL   variant "fixed" on the reward `saturated`
+    PPO-SAT   -sum_i (r_i - theta_i)^2 per episode - beta KL   variant "fixed" on rewards.saturated
     mu-PPO    max -KL, v_i >= theta_i, l = sigmoid(mu)         variant "mu"
     xi-PPO    max -KL, v_i = theta_i, l = tanh(xi)             variant "xi"
     All-PPO   max sum_i v_i - KL, v_i <= theta_i               variant "all"
@@ -14,19 +14,15 @@ one would have had to guess. They change as training goes.
     max(-A rho, -A clip(rho, 1 - eps, 1 + eps))                kernels.clipped_surrogate
     A = (N - sum l) A_0 + sum_i l_i A_i                        mixing_weights, mix_advantages
     mu <- mu - lr dl/dmu (v_i - theta_i)                       multiplier_step
-    theta from runs: where a fitted evaluation peaks           fit_proxy_points
-    theta by search                                            nelder_mead
+    theta from runs: where a fitted evaluation peaks           search.fit_proxy_points
+    theta by search                                            search.nelder_mead
 
 Every A_i is standardised by itself BEFORE mixing, so multipliers weigh signals of unit variance and the KL's own
 coefficient cancels. As in the paper: N + 1 value heads, the last one for the KL. As in neither: violations are means
 over episodes, not tokens (long answers would count more, sheet trap 10); standardising runs over the whole round; value
 losses are clipped; the baseline may be the round's own mean at each action ("batch", "prompt"), which needs no critic.
 The official code's swapped thresholds, its slice of the value heads and its unsquashed mixing (traps 1 to 3) are not
-kept.
-
-Beyond the paper: an action may be a denoising step as well as a token. There r_0 is minus the log-ratio of the step
-taken, -(log p - log p_ref)(x_{t-1} | x_t), not the exact KL of the two Gaussians, though that has less noise: given the
-state it does not depend on the action, so a step would not answer for its own KL, and the solution would be no tilt.
+kept. Beyond the paper: an action may be a denoising step as well as a token (policies/episodes.py).
 
 Three limits that the paper does not name. A tilt by lambda gives A_0 about |lambda| times the reward's spread, so with
 one reward standardised signals balance at |l| = N - sum l whatever lambda is: multipliers know the direction of the
@@ -38,10 +34,10 @@ hold the other: it falls back to the base. The dual (squash=False, standardise=F
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -49,13 +45,18 @@ from minialign.kernels import (
     clipped_surrogate,
     clipped_value_loss,
     gae,
-    masked_whiten,
+    group_baselines,
+    standardise_heads,
     token_rewards,
     weighted_sums,
 )
 from minialign.loop import Batch, Run, Step
 from minialign.methods.ddpo import default_clip_range
+from minialign.policies.episodes import Episodes, denoise, respond
 from minialign.rewards import checked
+from minialign.rewards import saturated as saturated  # the paper's, where its readers look for them
+from minialign.search import fit_proxy_points as fit_proxy_points
+from minialign.search import nelder_mead as nelder_mead
 from minialign.settings import Count, Fraction, Limit, NonNegative, Number, Positive, Settings
 
 
@@ -91,9 +92,6 @@ class Config(Settings):
     max_grad_norm: Limit = 0.5  # l2
 
 
-# Kernels ------------------------------------------------------------------------------------------------------------
-
-
 def squashed(raw: Float[Tensor, "n"], variant: str, squash: bool = True) -> Float[Tensor, "n"]:
     """Multipliers l: sigmoid in (0, 1), for "xi" tanh in (-1, 1); as they are without squashing."""
     if not squash:
@@ -125,18 +123,6 @@ def mix_advantages(
     return advantages[..., :-1] @ reward_weights.to(advantages) + kl_weight.to(advantages) * advantages[..., -1]
 
 
-def standardise_heads(
-    advantages: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], floor: Float[Tensor, "heads"] | float = 1e-8
-) -> Float[Tensor, "b t heads"]:
-    """Each head to mean 0 and variance 1 (Bessel; + floor^2) over the valid tokens, by itself; 0 behind the end.
-
-    floor, in the head's units: a spread far below it is rounding, and must not become signal.
-    """
-    floors = torch.as_tensor(floor, device=advantages.device, dtype=torch.float32).expand(advantages.shape[-1])
-    heads = zip(advantages.unbind(-1), (floors**2).unbind(), strict=True)
-    return torch.stack([masked_whiten(head, mask, eps=eps, correction=1) for head, eps in heads], -1)
-
-
 def multiplier_step(
     raw: Float[Tensor, "n"], velocity: Float[Tensor, "n"], violation: Float[Tensor, "n"], config: Config
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
@@ -152,10 +138,8 @@ def multiplier_step(
     gradient = slope * (-violation if config.variant == "all" else violation)
     gradient = gradient * (config.multiplier_max_norm / gradient.norm().clamp_min(1e-12)).clamp_max(1.0)
     velocity = config.multiplier_momentum * velocity + gradient
-    raw = raw - config.multiplier_lr * velocity
-    if not config.squash and config.variant != "xi":
-        raw = raw.clamp_min(0)
-    return raw, velocity
+    raw, free = raw - config.multiplier_lr * velocity, config.squash or config.variant == "xi"
+    return raw if free else raw.clamp_min(0), velocity
 
 
 class Multipliers:
@@ -182,83 +166,6 @@ class Multipliers:
         self.raw, self.velocity = (tensors[name].to(self.raw.device) for name in ("raw", "velocity"))
 
 
-def saturated(rewards: Sequence[Callable], thresholds: Sequence[float]) -> Callable:
-    """PPO-SAT's reward: -sum_i (r_i - theta_i)^2 of each sample. It also pays for a small variance."""
-
-    def saturation(samples, prompts) -> Tensor:
-        scores = (checked(reward, samples, prompts) for reward in rewards)
-        return -sum((score - theta) ** 2 for score, theta in zip(scores, thresholds, strict=True))
-
-    return saturation
-
-
-# Episodes of any policy ---------------------------------------------------------------------------------------------
-
-
-class Episodes(NamedTuple):
-    """One process's share of a round, an episode a row: b episodes of at most t actions, tokens or denoising steps.
-
-    samples: what rewards take. log_probs, log_prob_ref, mask (b, t), sums over a latent's elements; values
-    (b, t, N + 1) or None. `score(rows, places)` scores them again under the weights as they are then: (log_prob,
-    values), (n, k); `places` lists which actions to put into one network call. num_elements: D, 1 for tokens.
-    """
-
-    samples: Tensor | Sequence[str]
-    log_probs: Tensor
-    log_prob_ref: Tensor
-    mask: Tensor
-    values: Tensor | None
-    score: Callable
-    places: Sequence[Tensor]
-    num_elements: int
-
-
-def respond(policy, prompts: list[str], noise: Tensor, config: Config) -> Episodes:
-    """Responses of a LanguagePolicy: an action is a token."""
-    critic = config.baseline == "critic"
-    responses = policy.generate(prompts, config.num_tokens, noise=noise, temperature=config.temperature)
-
-    def score(rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
-        log_prob, values, _ = policy.score(responses[rows], values=critic)
-        return log_prob, values
-
-    places = [torch.arange(responses.mask.shape[1], device=policy.device)]
-    log_prob_ref, values = policy.log_probs(responses, reference=True), policy.values(responses) if critic else None
-    return Episodes(responses.texts, responses.log_probs, log_prob_ref, responses.mask, values, score, places, 1)
-
-
-def denoise(policy, prompts: list[str], noise: Tensor, config: Config) -> Episodes:
-    """Trajectories of a diffusion or consistency policy: an action is a denoising step."""
-    traj = policy.rollout(prompts, noise, reduction="sum")
-
-    def score(rows: Tensor, places: Tensor, reference: bool = False) -> tuple[Tensor, None]:
-        states, step, condition, next, _ = traj.transitions(rows, places.expand(len(rows), -1))
-        out = policy.step(states, step, condition, next=next, reduction="sum", reference=reference)
-        return out.log_prob.view(len(rows), -1), None
-
-    num_rows, num_actions = traj.log_probs.shape
-    places = torch.arange(num_actions, device=policy.device).split(config.steps_per_pass)
-    passes = torch.arange(num_rows, device=policy.device).split(config.rows_per_pass)
-    log_prob_ref = torch.cat([torch.cat([score(rows, p, reference=True)[0] for p in places], 1) for rows in passes])
-    mask = torch.ones_like(traj.log_probs, dtype=torch.bool)
-    num_elements = torch.Size(policy.latent_shape).numel()
-    samples = policy.decode(traj.final)
-    return Episodes(samples, traj.log_probs, log_prob_ref, mask, None, score, places, num_elements)
-
-
-# The loop -----------------------------------------------------------------------------------------------------------
-
-
-def baselines(
-    to_come: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], group: Int[Tensor, "b"]
-) -> Float[Tensor, "b t heads"]:
-    """At each action and head the mean, over the episodes of a group that get so far, of what is still to come."""
-    valid = mask.unsqueeze(-1).to(to_come)
-    same = (group.unsqueeze(0) == group.unsqueeze(1)).to(to_come)
-    totals = torch.einsum("ij,jth->ith", same, to_come * valid)
-    return totals / torch.einsum("ij,jth->ith", same, valid).clamp_min(1)
-
-
 def round_advantages(episodes: Episodes, scores: Float[Tensor, "round n"], batch: Batch, config: Config):
     """(advantages (b, t, N + 1), returns, KL of each episode of the round), before the update.
 
@@ -282,7 +189,7 @@ def round_advantages(episodes: Episodes, scores: Float[Tensor, "round n"], batch
         to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, config.gamma, 1.0)
         group = batch.drawn if config.baseline == "prompt" else torch.zeros_like(batch.drawn)
         whole = batch.gather(pad(to_come, (0, 0, *right)))
-        values = baselines(whole, whole_mask, group)[own, : mask.shape[1]]
+        values = group_baselines(whole, whole_mask, group)[own, : mask.shape[1]]
     advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
     if config.standardise:
         # a reward that is the same for all, and the KL of a policy that has not moved, are rounding errors by now
@@ -303,9 +210,8 @@ def episode_loss(episodes: Episodes, rows: Tensor, places: Tensor, batch: dict[s
     elements = episodes.num_elements if config.reduction == "mean" else 1
     usual = default_clip_range(episodes.num_elements, config.reduction)
     clip_range = usual if config.clip_range is None else config.clip_range
-    loss, info = clipped_surrogate(
-        log_prob / elements, episodes.log_probs[b, t] / elements, batch["mixed"][b, t], clip_range
-    )
+    old, mixed = episodes.log_probs[b, t] / elements, batch["mixed"][b, t]
+    loss, info = clipped_surrogate(log_prob / elements, old, mixed, clip_range)
     weight = batch["weight"][b, t]
     loss, info = (weight * loss).sum(), weighted_sums(info, weight)
     if values is not None:
@@ -350,8 +256,8 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
     thresholds may be others, which is how a warm-started search goes on.
     """
     check(policy, rewards, prompts, config)
-    count, device, talks = len(rewards), policy.device, hasattr(policy, "generate")
-    if config.baseline == "critic" and not policy.value_parameters():
+    count, device, talks, critic = len(rewards), policy.device, hasattr(policy, "generate"), config.baseline == "critic"
+    if critic and not policy.value_parameters():
         policy.add_value_heads(count + 1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -366,7 +272,10 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
         with torch.no_grad():
             size = (len(batch), config.num_tokens) if talks else (len(batch),)
             noise = policy.draw_noise(*size, run.generator, rows=batch.own)
-            episodes = (respond if talks else denoise)(policy, own_prompts, noise, config)
+            if talks:
+                episodes = respond(policy, own_prompts, noise, config.num_tokens, config.temperature, critic)
+            else:
+                episodes = denoise(policy, own_prompts, noise, config.rows_per_pass, config.steps_per_pass)
             scores = torch.stack([checked(reward, episodes.samples, own_prompts).to(device) for reward in rewards], 1)
             scores, lengths = batch.gather(scores), batch.gather(episodes.mask.sum(1))
             advantages, returns, kl = round_advantages(episodes, scores, batch, config)
@@ -388,49 +297,3 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
         if config.variant != "fixed":
             metrics |= {f"multiplier_{i}": level for i, level in enumerate(multipliers.levels)}
         yield run.step(metrics, reward_queries=len(batch) * count)
-
-
-# Thresholds ---------------------------------------------------------------------------------------------------------
-
-
-def fit_proxy_points(
-    values: Float[Tensor, "m n"], evaluation: Float[Tensor, "m"], degree: int = 10
-) -> Float[Tensor, "n"]:
-    """theta: where a polynomial of that total degree, fitted to the evaluation along training runs, is largest.
-
-    Least squares weighted by a Gaussian kernel density estimate of the values, as in the paper: where runs went often,
-    the fit counts. The maximum is sought among the values themselves: runs are curves in the plane of two rewards, and
-    beside its data a polynomial of degree 10 says anything (a hundred times the largest evaluation, in our world).
-    """
-    import numpy as np
-    from scipy.stats import gaussian_kde
-    from sklearn.preprocessing import PolynomialFeatures
-
-    x, y = values.double().cpu().numpy(), evaluation.double().cpu().numpy()
-    scaled = 2 * (x - x.min(0)) / np.ptp(x, 0) - 1
-    root, basis = np.sqrt(gaussian_kde(scaled.T)(scaled.T)), PolynomialFeatures(degree).fit_transform(scaled)
-    coefficients = np.linalg.lstsq(root[:, None] * basis, root * y, rcond=1e-8)[0]
-    return torch.from_numpy(x[(basis @ coefficients).argmax()])
-
-
-def nelder_mead(evaluate: Callable, simplex: Float[Tensor, "n1 n"], max_evaluations: int = 20):
-    """(best theta, its value, all (theta, value) in order): scipy's Nelder-Mead on -evaluate, from a given simplex.
-
-    evaluate(theta: list) -> larger is better: the evaluation after training with thresholds theta. Cold start: it
-    resets the policy each time. Warm start, the paper's: it goes on from where the last one stopped, and then measures
-    a policy that has not reached its thresholds. Reflection 1, expansion 2, contraction and shrinking .5, as there. Not
-    as there: a reflected point between the second worst and the worst is contracted towards, and nothing is cached.
-    """
-    from scipy.optimize import minimize
-
-    seen: list[tuple[list[float], float]] = []
-
-    def objective(theta) -> float:
-        seen.append((theta.tolist(), float(evaluate(theta.tolist()))))
-        return -seen[-1][1]
-
-    start = simplex.double().cpu().numpy()
-    options = {"initial_simplex": start, "maxfev": max_evaluations, "xatol": 0.0, "fatol": 0.0}
-    minimize(objective, start[0], method="Nelder-Mead", options=options)
-    best = max(seen, key=lambda pair: pair[1])
-    return best[0], best[1], seen

@@ -26,7 +26,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from minialign.worlds.base import WEIGHTS, LanguageWorld, missing_weights, quietly
-from minialign.worlds.tokens import text_figure, word_tokenizer
+from minialign.worlds.tokens import text_figure
+from minialign.worlds.tokens_models import word_tokenizer
 
 NUM_TOKENS = 24  # of an answer at most, its EOS included
 FACTS = {  # animal: what it eats, where it lives, what it says, its colour

@@ -17,10 +17,11 @@ from multiprocessing import get_context
 import torch
 from claim_b2diffurl import bar
 
-from minialign import pretrain_consistency, worlds
+from minialign import worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
+from minialign.pretrain import shapes_lcm
 
 SEEDS = 5
 CALLS = (1, 2, 4, 8)
@@ -123,7 +124,7 @@ def shapes_run() -> dict:
     """The shipped twin and its teacher, measured in one run: the rows of the card."""
     torch.set_num_threads(1)
     teacher, student = worlds.load("shapes").policy, worlds.load("shapes", model="consistency").policy
-    rows = list(pretrain_consistency.rows(teacher, student, num_samples=512))
+    rows = list(shapes_lcm.rows(teacher, student, num_samples=512))
     return {"world": "shapes", "rows": [[name, calls, found] for name, calls, found in rows]}
 
 

@@ -22,10 +22,10 @@ import torch
 from claim_b2diffurl import bar
 from scipy.optimize import minimize
 
-from minialign import exact, worlds
+from minialign import exact, search, worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import constrained
-from minialign.rewards import weighted_sum
+from minialign.rewards import saturated, weighted_sum
 from minialign.worlds import tokens
 
 SEEDS = 5  # worlds 1 to 5; world 0 is for tuning
@@ -135,7 +135,7 @@ def method_run(method: str, seed: int) -> dict:
     if method in FIXED:
         run.weighted(FIXED[method], beta=0.02)
     elif method.startswith("sat"):
-        reward = constrained.saturated(run.rewards, THETA)
+        reward = saturated(run.rewards, THETA)
         run.train(ROUNDS, [reward], variant="fixed", beta=float(method.split()[1]))
     else:
         run.train(ROUNDS, thresholds=THETA, **CONSTRAINED[method])
@@ -194,7 +194,7 @@ def search_run(seed: int) -> dict:
     table = tokens.constrained(seed)
     found: dict = {"part": "search", "seed": seed, "best_theta": list(tilted(table, best_tilt(table))[:2])}
     for name, evaluate, values in (("cold", cold, 20), ("warm", warm, 25)):
-        theta, value, tried = constrained.nelder_mead(evaluate, simplex, values)
+        theta, value, tried = search.nelder_mead(evaluate, simplex, values)
         found[name] = {"theta": theta, "best_seen": value, "tried": tried}
     final = Run(seed)
     final.generator.manual_seed(100 + seed)  # not the noise that the search has seen
@@ -228,7 +228,7 @@ def proxy_points(runs: list[dict]) -> dict[str, list[float]]:
 
     def fit(columns: list[list[float]], e: list[float]) -> list[float]:
         points = torch.tensor(columns, dtype=torch.float64).T
-        return constrained.fit_proxy_points(points, torch.tensor(e, dtype=torch.float64)).tolist()
+        return search.fit_proxy_points(points, torch.tensor(e, dtype=torch.float64)).tolist()
 
     alone = fit([first["v1"]], curve_of(first)) + fit([second["v2"]], curve_of(second))
     columns = [[v for r in by.values() for v in r[key]] for key in ("v1", "v2")]

@@ -21,10 +21,10 @@ import torch
 from claim_assistant import windows
 from claim_b2diffurl import bar
 
-from minialign import worlds
+from minialign import search, worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import constrained, reward_model
-from minialign.rewards import weighted_sum
+from minialign.rewards import saturated, weighted_sum
 from minialign.worlds import assistant
 
 SEEDS = 5
@@ -92,7 +92,7 @@ def train_run(models: dict, method: str, seed: int, theta=None, rounds: int = RO
     if method.startswith("PPO"):
         name, _, beta = method.partition(", beta ")
         weights = dict(zip(NAMES, ALONE.get(name, ALONE["PPO"]), strict=True))
-        rewards = [constrained.saturated(rewards, theta) if name == "PPO-SAT" else
+        rewards = [saturated(rewards, theta) if name == "PPO-SAT" else
                    weighted_sum(dict(zip(NAMES, rewards, strict=True)), weights)]  # fmt: skip
         config = constrained.Config(variant="fixed", beta=float(beta or BETA), num_iterations=rounds, **SETTINGS)
     else:
@@ -126,7 +126,7 @@ def proxy_points(runs: list[dict]) -> list[float]:
 
     values = torch.tensor([[v for run in runs for v in smooth(run["v"][i])] for i in range(2)], dtype=torch.float64)
     gold = torch.tensor([g for run in runs for g in smooth(run["gold"])], dtype=torch.float64)
-    return constrained.fit_proxy_points(values.T, gold).tolist()
+    return search.fit_proxy_points(values.T, gold).tolist()
 
 
 def replicate() -> dict:

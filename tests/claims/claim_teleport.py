@@ -29,12 +29,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from minialign import pretrain_consistency, worlds
+from minialign import worlds
 from minialign.exact import Gaussian, GaussianMixture
 from minialign.kernels import karras_sigmas
 from minialign.measure import frechet_distance, frechet_gaussian, mean_ci, paired_difference
 from minialign.methods import teleport
-from minialign.worlds import digits, patches, pretrain_edm, shapes
+from minialign.pretrain import edm as pretrain_edm
+from minialign.pretrain import shapes_lcm
+from minialign.worlds import digits, patches, shapes
 
 SEEDS = 5
 SAMPLES = 2000
@@ -169,7 +171,7 @@ def digits_samples(solver: str, skipped: int, seed: int):
 @functools.cache
 def shapes_parts():
     """(policy, the scorer that gives features)."""
-    return worlds.load("shapes").policy, pretrain_consistency.load_scorer()
+    return worlds.load("shapes").policy, shapes_lcm.load_scorer()
 
 
 @functools.cache
@@ -201,7 +203,7 @@ def shapes_samples(solver: str, skipped: int, seed: int, per_prompt: bool, sampl
     begun = teleport.skip_steps(scheduler, noise, statistics, level, steps)
     latents = late_loop(begun, lambda x, t: policy.output_at(x, t.expand(len(x)), condition))
     images = policy.decode(latents)
-    return pretrain_consistency.features(images, scorer), float(shapes.oracle(images, prompts).mean())
+    return shapes_lcm.features(images, scorer), float(shapes.oracle(images, prompts).mean())
 
 
 @functools.cache
@@ -209,7 +211,7 @@ def real_features(name: str, seed: int):
     """As many real ones as there are samples."""
     generator = torch.Generator().manual_seed(500 + seed)
     if name == "shapes":
-        return pretrain_consistency.features(shapes.real(1024, generator)[0], shapes_parts()[1])
+        return shapes_lcm.features(shapes.real(1024, generator)[0], shapes_parts()[1])
     everything = pretrain_edm.data_of("patches" if name == "patches" else "digits_edm", "all").flatten(1)
     return everything[torch.randint(len(everything), (SAMPLES,), generator=generator)]
 

@@ -49,7 +49,7 @@ def sample():
 
 @pytest.fixture(autouse=True)
 def chapter_98(monkeypatch):
-    module = types.ModuleType("minialign.course.chapter_98")
+    module = types.ModuleType("minialign.course.chapters.chapter_98")
     exec(CHAPTER_98, module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -232,7 +232,8 @@ def test_executed_editions_are_graded_by_nbgrader_itself(tmp_path, capfd):
     """Solved 3 of 3 points; unsolved, even with nbgrader's own stub, which raises, 0 of 3, and the notebook goes on."""
     utils = pytest.importorskip("nbgrader.utils")
     preamble = (
-        f"import sys, types\nm = types.ModuleType('minialign.course.chapter_98')\nexec({CHAPTER_98!r}, m.__dict__)\n"
+        "import sys, types\nm = types.ModuleType('minialign.course.chapters.chapter_98')\n"
+        f"exec({CHAPTER_98!r}, m.__dict__)\n"
     )
     preamble += "sys.modules[m.__name__] = m\n"
 

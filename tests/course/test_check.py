@@ -11,7 +11,7 @@ import jaxtyping
 import pytest
 import torch
 
-import minialign.course
+import minialign.course.chapters
 from minialign import cli
 from minialign.course import Exercise, Quiz, check, quiz
 from minialign.course.build import GRADED
@@ -88,7 +88,7 @@ def as_in_a_notebook():
 
 @pytest.fixture(autouse=True)
 def chapter(monkeypatch):
-    module = types.ModuleType("minialign.course.chapter_99")
+    module = types.ModuleType("minialign.course.chapters.chapter_99")
     module.exercises = [EXERCISE, QUIZ]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
@@ -365,7 +365,9 @@ def test_unknown_names_suggest_the_nearest():
 
 # --- every chapter of the course ---
 
-CHAPTERS = [m.name[-2:] for m in pkgutil.iter_modules(minialign.course.__path__) if m.name.startswith("chapter_")]
+CHAPTERS = [
+    m.name[-2:] for m in pkgutil.iter_modules(minialign.course.chapters.__path__) if m.name.startswith("chapter_")
+]
 EXERCISES = [e for chapter in CHAPTERS for e in registered(chapter) if isinstance(e, Exercise)]
 QUESTIONS = [e for chapter in CHAPTERS for e in registered(chapter) if isinstance(e, Quiz)]
 

@@ -98,6 +98,8 @@ CASES |= {
     ),
     "gae": (lambda r, v, m: kernels.gae(r, v, m, 0.99, 0.95), (X[:, 0], Y[:, 0], VALID)),
     "gae of heads": (lambda r, v, m: kernels.gae(r, v, m), VALUE_HEADS),
+    "standardise_heads": (lambda x, m: kernels.standardise_heads(x, m), (VALUE_HEADS[0], VALID)),
+    "group_baselines": (lambda x, m, g: kernels.group_baselines(x, m, g), (VALUE_HEADS[0], VALID, GROUP)),
     "clipped_value_loss": (lambda v, o, g: kernels.clipped_value_loss(v, o, g, 0.2), (X, Y, Z)),
 }  # fmt: skip
 Z_SCORES = random(4, 3, seed=7)

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from minialign.kernels import (
     clipped_value_loss,
     gae,
+    group_baselines,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -17,6 +18,7 @@ from minialign.kernels import (
     masked_mean,
     masked_whiten,
     sample_tokens,
+    standardise_heads,
     token_entropy,
     token_log_probs,
     token_rewards,
@@ -352,3 +354,35 @@ def test_precisions(dtype):
         got = call(lambda value: value)
         assert got.dtype == wide, name
         torch.testing.assert_close(got.double(), call(lambda value: value.double()), atol=1e-5, rtol=1e-5)
+
+
+def test_each_head_is_standardised_by_itself_over_valid_tokens():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1000.0, 0.01, 1.0], dtype=torch.float64)
+    heads = torch.randn(5, 7, 3, generator=generator, dtype=torch.float64) * scales + 3
+    mask = torch.arange(7) < torch.tensor([7, 3, 1, 5, 2]).unsqueeze(1)
+    whitened = standardise_heads(heads, mask)
+    for k in range(3):
+        valid = heads[..., k][mask]
+        expected = (valid - valid.mean()) / valid.std()
+        torch.testing.assert_close(whitened[..., k][mask], expected, atol=2e-6, rtol=0)
+    assert (whitened[~mask] == 0).all()
+    # check 6: a reward and its threshold times a positive constant change nothing but the multiplier's step
+    torch.testing.assert_close(standardise_heads(7 * heads, mask), whitened, atol=2e-6, rtol=0)
+    assert not torch.allclose(masked_whiten(heads, mask.unsqueeze(-1).expand(heads.shape)), whitened)
+    # far below its floor a head is no signal; the others do not care
+    small = standardise_heads(1e-6 * heads / scales, mask, torch.tensor([1e-8, 1e-8, 1e-3]))[mask]
+    assert small[:, 2].std() < 2e-3 and small[:, 0].std() == pytest.approx(1, abs=0.02)
+
+
+def test_baselines_are_means_of_the_group_at_each_action():
+    to_come = torch.arange(24.0).view(4, 3, 2)
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
+    group = torch.tensor([5, 5, 0, 5])
+    mean = group_baselines(to_come, mask, group)
+    torch.testing.assert_close(mean[0, 0], (to_come[0, 0] + to_come[1, 0] + to_come[3, 0]) / 3)
+    torch.testing.assert_close(mean[3, 1], (to_come[0, 1] + to_come[3, 1]) / 2)
+    torch.testing.assert_close(mean[2], to_come[2] * mask[2].unsqueeze(1))  # alone; nothing behind its end
+    torch.testing.assert_close(
+        group_baselines(to_come, mask, torch.zeros(4, dtype=torch.long))[2, 1], to_come[[0, 2, 3], 1].mean(0)
+    )

@@ -8,22 +8,18 @@ import pytest
 import torch
 
 from minialign import exact, worlds
-from minialign.kernels import gae, masked_whiten
+from minialign.kernels import gae
 from minialign.loop import Batch
 from minialign.methods import constrained, par
 from minialign.methods.constrained import (
     Config,
-    baselines,
-    fit_proxy_points,
     mix_advantages,
     mixing_weights,
     multiplier_step,
-    nelder_mead,
-    saturated,
     squashed,
-    standardise_heads,
 )
-from minialign.rewards import compressibility, weighted_sum
+from minialign.policies.episodes import Episodes
+from minialign.rewards import compressibility, saturated, weighted_sum
 from minialign.worlds import tokens
 
 ZERO = torch.zeros(2)
@@ -78,25 +74,6 @@ def test_mixing_by_hand():
     torch.testing.assert_close(mixed(level, "mu", squash=False), a0 + 0.2 * a1 + 0.7 * a2)
 
 
-def test_each_head_is_standardised_by_itself_over_valid_tokens():
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([1000.0, 0.01, 1.0], dtype=torch.float64)
-    heads = torch.randn(5, 7, 3, generator=generator, dtype=torch.float64) * scales + 3
-    mask = torch.arange(7) < torch.tensor([7, 3, 1, 5, 2]).unsqueeze(1)
-    whitened = standardise_heads(heads, mask)
-    for k in range(3):
-        valid = heads[..., k][mask]
-        expected = (valid - valid.mean()) / valid.std()
-        torch.testing.assert_close(whitened[..., k][mask], expected, atol=2e-6, rtol=0)
-    assert (whitened[~mask] == 0).all()
-    # check 6: a reward and its threshold times a positive constant change nothing but the multiplier's step
-    torch.testing.assert_close(standardise_heads(7 * heads, mask), whitened, atol=2e-6, rtol=0)
-    assert not torch.allclose(masked_whiten(heads, mask.unsqueeze(-1).expand(heads.shape)), whitened)
-    # far below its floor a head is no signal; the others do not care
-    small = standardise_heads(1e-6 * heads / scales, mask, torch.tensor([1e-8, 1e-8, 1e-3]))[mask]
-    assert small[:, 2].std() < 2e-3 and small[:, 0].std() == pytest.approx(1, abs=0.02)
-
-
 @pytest.mark.parametrize("constant", [0.3, 1.7, 1.0])
 @pytest.mark.parametrize("baseline", ["batch", "prompt"])
 def test_a_constant_reward_is_no_signal(constant, baseline):
@@ -105,7 +82,7 @@ def test_a_constant_reward_is_no_signal(constant, baseline):
     mask = torch.arange(9) < torch.randint(1, 10, (24,), generator=generator).unsqueeze(1)
     log_probs = torch.randn(24, 9, generator=generator)
     reference = log_probs + 0.1 * torch.randn(24, 9, generator=generator)
-    episodes = constrained.Episodes([], log_probs, reference, mask, None, None, (), 1)
+    episodes = Episodes([], log_probs, reference, mask, None, None, (), 1)
     scores = torch.stack([torch.full((24,), constant), torch.randn(24, generator=generator)], 1)
     config = Config(thresholds=(1.0, 1.0), baseline=baseline, group_size=4)
     drawn = torch.arange(6).repeat_interleave(4)
@@ -137,77 +114,12 @@ def test_equal_sigmoids_are_an_exponential_dual():
         assert float(weights[0] / kl_weight) == pytest.approx(math.exp(raw), rel=1e-5)
 
 
-def test_fit_proxy_points_finds_the_peak_that_runs_went_past():
-    generator = torch.Generator().manual_seed(0)
-    path = torch.rand(400, 2, generator=generator, dtype=torch.float64)
-    worth = -(((path[:, 0] - 0.3) / 0.2) ** 2) - ((path[:, 1] - 0.6) / 0.3) ** 2
-    noisy = worth + 0.05 * torch.randn(400, generator=generator, dtype=torch.float64)
-    for degree in (4, 10):
-        assert fit_proxy_points(path, noisy, degree=degree).tolist() == pytest.approx([0.3, 0.6], abs=0.06)
-    one = path[:, :1] * 100
-    assert fit_proxy_points(one, -((one[:, 0] - 70) ** 2)).tolist() == pytest.approx([70], abs=1.5)
-    # one outlier high up is smoothed away, though it is the largest evaluation
-    spiked = noisy.index_fill(0, path[:, 0].argmin(), 3.0)
-    assert fit_proxy_points(path, spiked, degree=4).tolist() == pytest.approx([0.3, 0.6], abs=0.1)
-
-
-def test_the_fit_weighs_by_density():
-    """A crowded parabola with its peak at .2, and a few far points of another law: the crowd decides where it is."""
-    crowd = torch.linspace(0, 0.4, 200, dtype=torch.float64)
-    far = torch.linspace(0.9, 1.0, 5, dtype=torch.float64)
-    points = torch.cat([crowd, far]).unsqueeze(1)
-    worth = torch.cat([-((crowd - 0.2) ** 2), -1.5 * torch.ones(5, dtype=torch.float64)])
-    assert fit_proxy_points(points, worth, degree=2).tolist() == pytest.approx([0.2], abs=0.04)  # .26 unweighted
-
-
-def test_nelder_mead_climbs_a_quadratic_from_its_simplex():
-    simplex = torch.tensor([[0.0, 0.0], [0.4, 0.0], [0.0, 0.5]])
-    best, value, seen = nelder_mead(lambda t: -((t[0] - 0.5) ** 2) - 2 * (t[1] - 0.2) ** 2, simplex, 60)
-    assert best == pytest.approx([0.5, 0.2], abs=0.02) and value > -1e-3
-    assert [theta for theta, _ in seen[:3]] == [pytest.approx(row) for row in simplex.tolist()]
-    # the worst, (0, .5) at -.43, is reflected through the middle of the others, (.2, 0)
-    assert seen[3][0] == pytest.approx([0.4, -0.5], abs=1e-6) and len(seen) <= 60
-
-
-def test_nelder_mead_expands_contracts_and_shrinks_as_the_paper_does():
-    simplex = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-
-    def tried(evaluate, count):
-        return [theta for theta, _ in nelder_mead(evaluate, simplex, count)[2][3:]]
-
-    # uphill along (1, -.5): the worst, (0, 1), goes to (1, -1), which is the best, so twice as far
-    assert tried(lambda t: t[0] - 0.5 * t[1], 5) == [pytest.approx([1, -1]), pytest.approx([1.5, -2])]
-    # a ridge at t_1 = .3: (1, -1) is worse than the worst, so half of the way back to it
-    assert tried(lambda t: -((t[1] - 0.3) ** 2) + 1e-3 * t[0], 5) == [
-        pytest.approx([1, -1]),
-        pytest.approx([0.25, 0.5]),
-    ]
-    # the best corner is a spike: all other points are bad, so the two worse ones move half of the way to it
-    spike = lambda t: 1.0 if t == [1.0, 0.0] else -abs(t[0] - 1) - abs(t[1]) - 5 * (t not in simplex.tolist())  # noqa: E731
-    assert tried(spike, 7)[2:] == [pytest.approx([0.5, 0.0]), pytest.approx([0.5, 0.5])]
-
-
-def test_baselines_are_means_of_the_group_at_each_action():
-    to_come = torch.arange(24.0).view(4, 3, 2)
-    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
-    group = torch.tensor([5, 5, 0, 5])
-    mean = baselines(to_come, mask, group)
-    torch.testing.assert_close(mean[0, 0], (to_come[0, 0] + to_come[1, 0] + to_come[3, 0]) / 3)
-    torch.testing.assert_close(mean[3, 1], (to_come[0, 1] + to_come[3, 1]) / 2)
-    torch.testing.assert_close(mean[2], to_come[2] * mask[2].unsqueeze(1))  # alone; nothing behind its end
-    torch.testing.assert_close(
-        baselines(to_come, mask, torch.zeros(4, dtype=torch.long))[2, 1], to_come[[0, 2, 3], 1].mean(0)
-    )
-
-
 XI, DUAL = Config(variant="xi"), Config(squash=False)
 KERNELS = {
     "mixing_weights": lambda heads, mask, level: mixing_weights(level, "mu"),
     "mix_advantages": lambda heads, mask, level: mix_advantages(heads, (level.sum(), level)),
-    "standardise_heads": lambda heads, mask, level: standardise_heads(heads, mask),
     "multiplier_step": lambda heads, mask, level: multiplier_step(level, 0.1 * level, 2 * level, XI),
     "multiplier_step, dual": lambda heads, mask, level: multiplier_step(level, 0.1 * level, 2 * level, DUAL),
-    "baselines": lambda heads, mask, level: baselines(heads, mask, torch.tensor([1, 0, 1])),
 }
 
 

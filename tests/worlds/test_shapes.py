@@ -8,7 +8,7 @@ import torch
 
 from minialign import worlds
 from minialign.rewards import checked
-from minialign.worlds import shapes
+from minialign.worlds import shapes, shapes_oracle, shapes_scenes
 from minialign.worlds.base import WEIGHTS
 
 FOLDER = WEIGHTS / "shapes"
@@ -93,10 +93,10 @@ def test_drawing_is_deterministic_and_stays_on_the_paper():
 def test_covered_area_is_the_ideal_one(shape, area):
     # radius 7: pi r^2, (2 r)^2 and sqrt(3) r^2; the cut-off ramp is exact along straight edges, and errs at corners by
     # less than half a pixel each
-    covered = shapes._coverage(
+    covered = shapes_scenes.coverage(
         torch.tensor([shape]),
         torch.tensor([[15.3, 16.6]]),
-        shapes._half_box(torch.tensor([shape]), torch.tensor([7.0])),
+        shapes_scenes.half_box(torch.tensor([shape]), torch.tensor([7.0])),
     )
     assert abs(covered.sum().item() - area) < 1.5
 
@@ -163,7 +163,7 @@ def test_a_relation_is_read_from_the_right_shape_where_there_is_one():
 
 def test_oracle_has_a_margin(monkeypatch, generator):
     # the worst overlap seen in 3,000 drawn scenes is 0.944; without the soft edges it would be lower
-    monkeypatch.setattr(shapes, "MIN_OVERLAP", 0.93)
+    monkeypatch.setattr(shapes_oracle, "MIN_OVERLAP", 0.93)
     prompts = spread("count", 96)
     assert shapes.oracle(shapes.render_scenes(prompts, generator), prompts).tolist() == [1.0] * 96
 
@@ -347,20 +347,6 @@ def test_an_unknown_model_is_refused():
         shapes.load(model="consistency", folder="nowhere")
 
 
-def test_the_twins_recipe_writes_a_loadable_folder(tmp_path):
-    from minialign import pretrain_consistency
-
-    short = pretrain_consistency.Recipe(
-        num_scenes=48, num_iterations=2, guided_iterations=2, batch_size=4, num_samples=8
-    )
-    rows = pretrain_consistency.main(tmp_path / "out", seed=3, recipe=short, report=lambda line: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert {name for name, _, _ in rows} == {
-        "teacher, eta 0", "teacher, eta 1", "teacher, eta 0, guidance 2.5", "undistilled", "student",
-    }  # fmt: skip
-    assert shapes.load(model="consistency", folder=tmp_path / "out").policy.num_steps == 4
-
-
 # ---- damaged weights -------------------------------------------------------------------------------------------------
 
 
@@ -377,29 +363,3 @@ def test_missing_or_damaged_weights_say_how_to_remake_them(tmp_path):
     (tmp_path / "copy" / name).unlink()
     with pytest.raises(FileNotFoundError, match="missing"):
         shapes.load(folder=tmp_path / "copy")
-
-
-def test_the_recipe_writes_a_loadable_folder(tmp_path):
-    from dataclasses import replace
-
-    from minialign.worlds import pretrain_shapes
-
-    short = replace(
-        pretrain_shapes.Recipe(),
-        num_scenes=60, autoencoder_steps=2, denoiser_steps=2, scorer_steps=2, num_samples=12, num_exact=20,
-        samplers=((2, 1.0, 1.0),),
-        autoencoder_batch=4, denoiser_batch=4, scorer_batch=4,
-    )  # fmt: skip
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
-    said = []
-    first = pretrain_shapes.main(tmp_path / "out", seed=3, recipe=short, report=said.append)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half-written is left beside it
-    assert not (tmp_path / "out" / "old").exists()
-    assert "0.000" in (tmp_path / "out" / "README.md").read_text()
-    assert first["oracle"] == (60, 60)
-    shapes.load(folder=tmp_path / "out")
-    again = pretrain_shapes.main(tmp_path / "again", seed=3, recipe=short, report=said.append)
-    hashes = [(tmp_path / name / "hashes.json").read_text() for name in ("out", "again")]
-    assert hashes[0] == hashes[1]
-    assert again["psnr"] == first["psnr"]

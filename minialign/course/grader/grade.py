@@ -1,0 +1,425 @@
+"""The grader: a notebook or a folder of hundreds -> grades.csv, feedback for each student, a summary.
+
+    grade_all(submissions, out, notebooks)      the whole run, resumable, on all cores
+    grade_one(submission, chapter, box, ...)    one submission, run in a sandbox
+    verdict(item, cases, body)                  what came out of it, judged
+
+`submission.py` reads what came, `wire.py` what the sandbox says, and `gradebook.py` writes what comes out.
+
+A submission is hostile until proven otherwise. This process, the grader, never executes, imports, compiles or parses
+code of a submission; it reads JSON, and it compares numbers:
+
+1. Every submission is read before any is run, so none can change another's text: a regular file, at most 10 MB, JSON,
+   cells. The chapter is the one that most of its grade ids (`10-step_kl-answer`) belong to, whatever the file's name.
+2. For each exercise the cases are drawn here and sent into a sandbox (`sandbox.py`), with the text of the student's
+   cells and of the given ones from the student's edition. There, in a process of its own, `worker.py` runs what the
+   exercise needs: the student's solution cell; the names it uses, from the given cells *as they were handed out*, an
+   earlier solution being the student's own; names that are not given, from the student's other cells. Checks, pictures
+   and training runs are not executed, an edited check or a deleted helper changes nothing.
+3. What comes back is JSON: values, exceptions, gradients, for each case. It is refused unless every leaf is of a known
+   type and size, and judged by `check.judge`, the self-check's own code, against the reference, which stays in this
+   process (but see `_Attempt.lend`). A forged message can only claim values; to be right they have to be those of
+   inputs drawn a moment ago, so forging is computing.
+4. The grade is written down at once, in a file of its own, with a hash of all that it depends on. A run that is killed
+   and started again grades the rest; grades.csv is assembled last, and replaced whole.
+
+Draws come from the run's seed and the submission's bytes: fresh for everyone, equal when a run is resumed. The seed is
+drawn at the first start and kept. Limits of time are of CPU, so that a busy machine stops nobody (`wall`, thrice as
+long, is for those that sleep); only a solution that needs just about the limit may fall on either side of it.
+
+Feedback holds what the notebook's own check would print: the smallest failing case, the value expected there, and a
+hint. That value shows an answer to one input, never a formula, and the next draw is another. A wrong quiz answer is
+told why it is wrong, never which is right.
+
+What this does not do: a solution that calls the package's own function (`minialign.kernels`, which every student has)
+is right. The table says what of the package it imports; what that is worth is the instructor's to decide.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from minialign.course.check import GO_ON, Exercise, Quiz, Verdict, judge, quiz, registered
+from minialign.course.grader import gradebook, sandbox
+from minialign.course.grader.gradebook import Grade, Run, slug
+from minialign.course.grader.needed import answers
+from minialign.course.grader.sandbox import Broken, Limits, Lost, Sandbox
+from minialign.course.grader.submission import (
+    Chapter,
+    Item,
+    Submission,
+    load_chapters,
+    read_submission,
+    recognise,
+    sha256,
+    targets,
+)
+from minialign.course.grader.wire import Packer, Unreadable, read_result, read_stated
+from minialign.course.observe import Outcome
+
+# ---------------------------------------------------------------------------------- judging
+
+
+STOPPED = {
+    "time": "it ran longer than {seconds} s, and was stopped",
+    "output": "its result was larger than {output} bytes, and was not taken",
+    "lost": "it brought its sandbox down",
+}
+
+
+def _none(exercise: Exercise | Quiz, status: str, why: str = "") -> Verdict:
+    """No points, in the form of the self-check's own texts."""
+    text = f"{exercise.name}: {status}{' yet' if status == 'not attempted' else ''}, 0 of {exercise.points:g} points"
+    return Verdict(status, 0.0, f"{text}{why and ': ' + why}.")
+
+
+def stopped(exercise: Exercise | Quiz, said: str, limits: Limits) -> Verdict:
+    """The verdict where there is no result."""
+    why = STOPPED.get(said, "its process ended before there was a result").format(**limits._asdict())
+    if match := re.fullmatch(r"died (-?\d+)", said):
+        code = int(match[1])
+        why += f" ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+    return _none(exercise, "stopped", why)
+
+
+_judging = threading.Lock()  # torch's random numbers, warnings and standard output are the whole process's
+
+
+def verdict(item: Item, cases: Sequence[Mapping], body: bytes) -> Verdict:
+    """The verdict on a result. The only place where points are given."""
+    exercise = item.exercise
+    try:
+        outcomes = read_result(body, cases, getattr(exercise, "grad_wrt", ()))
+    except Unreadable as problem:
+        return _none(exercise, "stopped", str(problem))
+    with _judging:
+        if isinstance(exercise, Quiz):
+            return _quiz(exercise, outcomes[0])
+        try:
+            result = judge(exercise, cases, outcomes)
+        except Exception as error:  # a value that the check cannot compare must not stop the others' grades
+            return _none(exercise, "stopped", f"its result cannot be judged ({str(error)[:200]})")
+    return result._replace(text=result.text.removesuffix(f"\n{GO_ON}"))
+
+
+def _quiz(question: Quiz, outcome: Outcome) -> Verdict:
+    if outcome.error:
+        text = f"{question.name}: wrong, 0 of {question.points:g} points.\n  Its cell raised {outcome.trace}"
+        return Verdict("wrong", 0.0, text)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        points = quiz(question.name, outcome.value)
+    text = printed.getvalue().rstrip("\n")
+    status = "passed" if points else "not attempted" if "not attempted" in text.split("\n")[0] else "wrong"
+    return Verdict(status, points, text)
+
+
+class Asked(NamedTuple):
+    """An exercise that the student did something about."""
+
+    item: Item
+    cells: list[int]  # of the submission: the solution
+    cases: list[dict]
+
+
+def grade_one(submission: Submission, chapter: Chapter, box: Sandbox, seed: str, limits: Limits) -> Grade:
+    """Run it in `box` and judge it. A sandbox that is lost costs the exercise that lost it, and no other."""
+    began, warming = time.monotonic(), box.seconds
+    found: dict[str, Verdict] = {}
+    asked = []
+    given = {cell: source for cell, source in chapter.given if cell}
+    for item in chapter.items:
+        cells, exercise = targets(chapter, item, submission.cells), item.exercise
+        if not cells:
+            found[item.name] = _none(exercise, "missing", "the cell with the solution is not in the notebook")
+        elif all(given.get(cell) == source for cell, source in (submission.cells[k] for k in cells)):
+            found[item.name] = _none(exercise, "not attempted")
+        else:
+            drawn = _seed(seed, submission.digest, item.name)
+            asked.append(Asked(item, cells, exercise.draw(drawn) if isinstance(exercise, Exercise) else []))
+    attempt = _Attempt(submission, chapter, box, limits, found)
+    prepared = time.monotonic()
+    attempt.run(asked)
+    for entry in asked:
+        attempt.lend(entry)
+    verdicts = {
+        item.name: [
+            found[item.name].status,
+            found[item.name].points,
+            float(item.exercise.points),
+            found[item.name].text,
+        ]
+        for item in chapter.items
+    }
+    remarks = []
+    for status in ("missing", "stopped"):
+        names = [name for name, entry in verdicts.items() if entry[0] == status]
+        remarks += [f"{status}: {', '.join(names)}"] if names else []
+    seconds = {"preparing": prepared - began, "starting sandboxes": box.seconds - warming, "judging": attempt.judging}
+    seconds["running"] = time.monotonic() - began - sum(seconds.values())
+    return Grade(
+        submission.name, chapter.number, chapter.title, points=float(sum(entry[1] for entry in verdicts.values())),
+        out_of=chapter.points, verdicts=verdicts, remarks=remarks, seconds=seconds,
+        uses=sorted({name for stated in attempt.stated.values() for name in stated["uses"]}),
+    )  # fmt: skip
+
+
+def _seed(run: str, *parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join((run, *parts)).encode()).digest()[:8]) >> 1
+
+
+@dataclass
+class _Attempt:
+    """A submission on its way through a sandbox."""
+
+    submission: Submission
+    chapter: Chapter
+    box: Sandbox
+    limits: Limits
+    found: dict[str, Verdict]  # by exercise
+    stated: dict[str, dict] = field(default_factory=dict)  # by exercise: what it uses, see `read_stated`
+    judging: float = 0.0  # seconds
+
+    def run(self, asked: Sequence[Asked], lent: Sequence[Item] = ()) -> None:
+        """Find a verdict for each."""
+        while asked:
+            todo, asked, position = asked, [], 0
+            try:
+                for said in self.box.run(self._request(todo, lent)):
+                    item, _, cases = todo[position]
+                    position += 1
+                    began = time.monotonic()
+                    self.stated[item.name] = read_stated(said.body)
+                    if said.status == "ok":
+                        self.found[item.name] = verdict(item, cases, said.body)
+                    else:
+                        self.found[item.name] = stopped(item.exercise, said.status, self.limits)
+                    self.judging += time.monotonic() - began
+            except Lost:
+                if position < len(todo):
+                    item = todo[position].item
+                    self.found[item.name] = stopped(item.exercise, "lost", self.limits)
+                    asked = todo[position + 1 :]
+
+    def lend(self, entry: Asked) -> None:
+        """A second try for an exercise that builds on earlier ones which have not passed, with right ones instead.
+
+        So does the notebook: its check hands on a working function either way. Those exercises are graded already; and
+        what this process may say, now that it holds their answers, is its status: no word of it reaches the feedback.
+        """
+        item, first = entry.item, self.found[entry.item.name]
+        if first.status == "passed" or not isinstance(item.exercise, Exercise):
+            return
+        text = "\n".join(self.submission.cells[k][1] for k in entry.cells)
+        needs = {answers(cell) for cell in self.stated.get(item.name, {}).get("needs", [])}
+        lent = [
+            other
+            for other in self.chapter.items
+            if other.position < item.position and isinstance(other.exercise, Exercise)
+            and self.found[other.name].status != "passed"
+            and (other.cell in needs or re.search(rf"\b{other.expression}\b", text))
+        ]  # fmt: skip
+        if not lent:
+            return
+        self.run([entry], lent)
+        names, points = ", ".join(other.name for other in lent), item.exercise.points
+        if self.found[item.name].status == "passed":
+            text = f"passed, {points:g} of {points:g} points, with a right {names} in place of yours."
+            self.found[item.name] = self.found[item.name]._replace(text=f"{item.name}: {text}")
+        else:
+            note = f"It builds on {names}, which has not passed; with a right one in its place it does not pass either."
+            self.found[item.name] = first._replace(text=f"{first.text}\n  {note}")
+
+    def _request(self, asked: Sequence[Asked], lent: Sequence[Item]) -> dict:
+        items, packer = [], Packer([] if lent else _answers(self.chapter))
+        for item, cells, cases in asked:
+            try:
+                packed = [packer.pack(dict(case)) for case in cases]
+            except ValueError as error:
+                raise Broken(f"{item.name} cannot be graded: in the arguments of a case, {error}.") from None
+            items.append({
+                "expression": item.expression, "targets": cells, "position": item.position, "cases": packed,
+                "grad_wrt": list(getattr(item.exercise, "grad_wrt", ())),
+            })  # fmt: skip
+        return {
+            "given": self.chapter.given, "own": self.submission.cells, "items": items, "functions": packer.functions,
+            "names": {item.cell: item.expression for item in self.chapter.items},
+            "lent": [[other.cell, other.expression, packer.pack(other.exercise.reference)] for other in lent],
+            "limits": self.limits._asdict(),
+        }  # fmt: skip
+
+
+def _answers(chapter: Chapter) -> list[Callable]:
+    known = [exercise for exercise in registered(chapter.number) if isinstance(exercise, Exercise)]
+    return [f for exercise in known for f in (exercise.reference, *exercise.mistakes.values())]
+
+
+# ---------------------------------------------------------------------------------- the run
+
+
+def grade_all(
+    submissions: Path, out: Path, notebooks: Path, *, chapter: str | None = None, jobs: int | None = None,
+    isolation: str = "auto", limits: Limits = Limits(), seed: str | None = None, echo: Callable = print,
+    progress: bool = False, hide: Sequence[Path] = (),
+) -> list[Grade]:  # fmt: skip
+    """Grade a notebook or every notebook in a folder, and write `out` and the folder beside it, named after it.
+
+    `out`, say grades.csv, has a line a submission; grades/ holds feedback/, summary.html and results/, from which a
+    run that was stopped goes on. `chapter` refuses the notebooks of others. `hide`: folders that hold answers.
+    """
+    submissions, out = Path(submissions), Path(out)
+    chapters = load_chapters(notebooks)
+    if chapter is not None and chapter not in chapters:
+        raise ValueError(f"no chapter {chapter!r} in {notebooks}. There are: {', '.join(chapters)}.")
+    folder = out.with_suffix("")
+    if folder == out:
+        raise ValueError(f"--out {out} needs a suffix, as in grades.csv; the folder beside it is named after it.")
+    paths, ignored = collect(submissions, leave=(out, folder))
+    for part in ("results", "feedback"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    hidden = [Path(p) for p in (folder, submissions, notebooks, *hide)]
+    kind, warning = sandbox.isolation(isolation, hidden)
+    if warning:
+        echo(f"warning: {warning}")
+    seed = _kept_seed(folder, seed)
+    began = time.monotonic()
+    read = [read_submission(path, name) for name, path in paths.items()]
+    grades, todo = _sorted(read, chapters, chapter, [seed, limits], folder)
+    if todo and grades:
+        echo(f"{len(read)} submissions; {len(todo)} to grade, the others need no run")
+    reading = time.monotonic() - began
+    for done in _run(todo, kind, hidden, seed, limits, jobs, progress, folder):
+        grades[done.submission] = done
+    ordered = [grades[submission.name] for submission in read]
+    for grade in ordered:
+        _write(folder / "feedback" / f"{slug(grade.submission)}.html", gradebook.feedback(grade))
+    took = time.monotonic() - began
+    run = Run(ordered, chapters, ignored, kind, warning, seconds=took, reading=reading, graded=len(todo))
+    _write(folder / "summary.html", gradebook.summary(run))
+    _write(out, gradebook.table(ordered, chapters))
+    echo(gradebook.report(run, str(out), str(folder)))
+    return ordered
+
+
+def collect(submissions: Path, leave: Sequence[Path] = ()) -> tuple[dict[str, Path], list[str]]:
+    """({name: path of a notebook}, other files' names), sorted; links to folders are not followed."""
+    leave = {path.resolve() for path in leave}
+    if not submissions.exists() and not submissions.is_symlink():
+        raise FileNotFoundError(f"no such file or folder: {submissions}")
+    if not submissions.is_dir():
+        return {submissions.name: submissions.resolve()}, []
+    paths, ignored = {}, []
+    for folder, folders, files in os.walk(submissions):
+        here = Path(folder).resolve()
+        folders[:] = [name for name in folders if name != ".ipynb_checkpoints" and here / name not in leave]
+        odd = [name for name in folders if name.endswith(".ipynb") or (Path(folder) / name).is_symlink()]
+        folders[:] = [name for name in folders if name not in odd]
+        for name in files + odd:  # a folder may call itself a notebook, and is told that it is none
+            path = Path(folder) / name
+            shown = path.relative_to(submissions).as_posix()
+            if name.endswith(".ipynb") and not name.startswith("."):  # ._one.ipynb is what a Mac adds to an archive
+                paths[shown] = path
+            elif here / name not in leave:
+                ignored.append(shown)
+    if not paths:
+        raise ValueError(f"{submissions} holds no notebooks (*.ipynb).")
+    return dict(sorted(paths.items())), sorted(ignored)
+
+
+def _sorted(
+    read: Sequence[Submission], chapters: Mapping[str, Chapter], chapter: str | None, settings: list, folder: Path
+) -> tuple[dict[str, Grade], list[tuple[Submission, Chapter, str]]]:
+    """Those that have a grade already, or can have none; those to run, with the key that their result is kept under."""
+    grades, todo = {}, []
+    for submission in read:
+        try:
+            if submission.problem:
+                raise Unreadable(submission.problem)
+            found = recognise(submission, chapters)
+            if chapter not in (None, found.number):
+                raise Unreadable(f"this is chapter {found.number}; chapter {chapter} was asked for")
+        except Unreadable as problem:
+            out_of = chapters[chapter].points if chapter else 0.0
+            grades[submission.name] = Grade(submission.name, out_of=out_of, remarks=[str(problem)])
+            continue
+        key = sha256(json.dumps([found.fingerprint, settings, submission.digest, submission.name]).encode())
+        if kept := _kept(folder, submission, key):
+            grades[submission.name] = kept
+        else:
+            todo.append((submission, found, key))
+    return grades, todo
+
+
+def _run(todo, kind, hidden, seed, limits, jobs, progress, folder):
+    """Grades as they are finished, one thread and one sandbox a core."""
+    from tqdm import tqdm
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = max(1, min(jobs or cores, len(todo)))
+    boxes = [Sandbox(kind, hidden) for _ in range(jobs if todo else 0)]
+    free, stopping = list(boxes), threading.Event()
+
+    def one(submission: Submission, chapter: Chapter, key: str) -> Grade | None:
+        if stopping.is_set():
+            return None
+        box = free.pop()
+        try:
+            grade = grade_one(submission, chapter, box, seed, limits)
+        except Broken:
+            raise
+        except Exception as error:  # a flaw of ours that one submission found; the others go on
+            box.close()
+            remark = f"the grader failed on it ({type(error).__name__}: {str(error)[:200]}); grade it by hand"
+            return Grade(submission.name, chapter.number, chapter.title, out_of=chapter.points, remarks=[remark])
+        finally:
+            free.append(box)
+        kept = {"key": key, "grade": vars(grade)}
+        _write(folder / "results" / f"{slug(grade.submission)}.json", json.dumps(kept, indent=1))
+        return grade
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        waiting = [pool.submit(one, *entry) for entry in todo]
+        for future in tqdm(as_completed(waiting), total=len(todo), disable=not progress, unit="notebook"):
+            yield future.result()
+    finally:
+        stopping.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        for box in boxes:
+            box.close()
+            box.scratch.cleanup()
+
+
+def _kept_seed(folder: Path, seed: str | None) -> str:
+    path = folder / "results" / "seed.txt"
+    if seed is None and path.exists():
+        return path.read_text().strip()
+    seed = secrets.token_hex(16) if seed is None else seed
+    _write(path, seed + "\n")
+    return seed
+
+
+def _kept(folder: Path, submission: Submission, key: str) -> Grade | None:
+    """The grade of an earlier run, if it would come out the same."""
+    try:
+        kept = json.loads((folder / "results" / f"{slug(submission.name)}.json").read_text(encoding="utf-8"))
+        return Grade(**kept["grade"]) if kept["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+    os.replace(partial, path)
