@@ -34,7 +34,7 @@ from torch.nn.functional import logsigmoid
 from minialign.kernels import at_least_float32, clipped_surrogate, means
 from minialign.loop import Run, Step, reward_metrics
 from minialign.methods.ddpo import clip_range_of
-from minialign.policies.base import Trajectory
+from minialign.policies.trajectory import Trajectory
 from minialign.rewards import checked
 from minialign.settings import Count, Limit, Natural, NonNegative, Number, Positive, Settings
 from minialign.statistics import Statistics

@@ -180,11 +180,6 @@ def round_advantages(episodes: Episodes, scores: Float[Tensor, "round n"], batch
     whole_mask = batch.gather(pad(mask.to(rewards), right)).bool()
     if config.baseline == "critic":
         values = episodes.values
-        if values.shape[-1] != len(heads):
-            raise ValueError(
-                f"the critic has {values.shape[-1]} heads; {len(heads) - 1} rewards and the KL need {len(heads)}: "
-                f"call policy.add_value_heads({len(heads)}) before."
-            )
     else:
         to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, config.gamma, 1.0)
         group = batch.drawn if config.baseline == "prompt" else torch.zeros_like(batch.drawn)
@@ -256,9 +251,10 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
     thresholds may be others, which is how a warm-started search goes on.
     """
     check(policy, rewards, prompts, config)
-    count, device, talks, critic = len(rewards), policy.device, hasattr(policy, "generate"), config.baseline == "critic"
-    if critic and not policy.value_parameters():
-        policy.add_value_heads(count + 1)
+    count, device, talks = len(rewards), policy.device, hasattr(policy, "generate")
+    heads = count + 1 if config.baseline == "critic" else 0
+    if heads and not policy.value_parameters():
+        policy.add_value_heads(heads)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     thresholds = torch.tensor(config.thresholds, device=device, dtype=torch.float32)
@@ -273,7 +269,7 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
             size = (len(batch), config.num_tokens) if talks else (len(batch),)
             noise = policy.draw_noise(*size, run.generator, rows=batch.own)
             if talks:
-                episodes = respond(policy, own_prompts, noise, config.num_tokens, config.temperature, critic)
+                episodes = respond(policy, own_prompts, noise, config.num_tokens, config.temperature, heads)
             else:
                 episodes = denoise(policy, own_prompts, noise, config.rows_per_pass, config.steps_per_pass)
             scores = torch.stack([checked(reward, episodes.samples, own_prompts).to(device) for reward in rewards], 1)

@@ -5,8 +5,11 @@
     network(hidden_states=x, timestep=t, **inputs)                        DiT, Stable Diffusion 3
     ... with t in [0, 1]                                                  Flux
 
-A new architecture is a line of `CALLS`. x (n, *latent), t (n,) the training timestep, inputs by name.
+A new architecture is a line of `CALLS`. x (n, *latent), t (n,) the training timestep, inputs by name. Language models
+are called alike, and differ in what they name: `named_inputs`, `cache_name`.
 """
+
+import inspect
 
 from torch import Tensor, nn
 
@@ -45,3 +48,13 @@ def call_network(network: nn.Module, states: Tensor, timesteps: Tensor, inputs: 
     call = next((CALLS[name] for name in names if name in CALLS), positional)
     output = call(network, states.to(next(network.parameters()).dtype), timesteps, inputs)
     return getattr(output, "sample", output)
+
+
+def named_inputs(network: nn.Module) -> frozenset[str]:
+    """The arguments that its forward names."""
+    return frozenset(inspect.signature(network.forward).parameters)
+
+
+def cache_name(accepted: frozenset[str]) -> str | None:
+    """transformers renames past_key_values to cache in 5.2x; older models know the first, other modules neither."""
+    return next((name for name in ("cache", "past_key_values") if name in accepted), None)

@@ -1,96 +1,22 @@
-"""What every policy deals in: conditions, trajectories, and the single transitions that a loss picks from them."""
+"""What every denoising policy can do: encode prompts, roll out, score a step under the weights and the reference."""
 
-import difflib
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minialign.kernels import StepOut, add_noise, at_least_float32, expand_as, gaussian_kl
+from minialign.kernels import StepOut, add_noise, expand_as, gaussian_kl
 from minialign.policies.architectures import call_network
+from minialign.policies.encoders import class_encoder, latent_shape_of
 from minialign.policies.noise import row_noise
 from minialign.policies.trainable import Trainable
+from minialign.policies.trajectory import Condition, Encoded, Trajectory
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # A miniature has few attention weights, so its LoRA also reaches the convolutions and the feed-forward layers.
 EVERYWHERE = (*ATTENTION, "conv1", "conv2", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv_in", "conv_out")
-
-
-class Encoded(NamedTuple):
-    """What an encoder makes of prompts: the first two have a row a prompt, `shared` has no row axis."""
-
-    inputs: dict[str, Tensor]
-    unconditional: dict[str, Tensor] = {}  # noqa: RUF012 (never written to)
-    shared: dict[str, Tensor] = {}  # noqa: RUF012
-
-
-@dataclass
-class Condition:
-    """Named inputs of the network; `condition[rows]` selects rows.
-
-    inputs: a row a sample. unconditional: those without the prompt, of the same names, for guidance; empty if it is
-    off. shared: the same for every row, without a row axis (image ids, a guidance embedding); goes with any rows.
-    rows (n,): which of the distinct prompts each row came from.
-    """
-
-    inputs: dict[str, Tensor]
-    unconditional: dict[str, Tensor]
-    shared: dict[str, Tensor]
-    rows: Tensor
-
-    def __getitem__(self, index) -> "Condition":
-        inputs, unconditional = (
-            {name: tensor[index] for name, tensor in part.items()} for part in (self.inputs, self.unconditional)
-        )
-        return Condition(inputs, unconditional, self.shared, self.rows[index])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class Transitions(NamedTuple):
-    """Single steps, one a row: from `states` by policy step `step` to `next`, with its log-probability back then."""
-
-    states: Tensor
-    step: Tensor
-    condition: Condition
-    next: Tensor
-    log_prob_old: Tensor
-
-
-@dataclass
-class Trajectory:
-    """Denoising runs, from noise to data: `states[:, 0]` is noisiest, `states[:, i + 1]` follows by step `steps[i]`.
-
-    states (batch, S + 1, *latent); log_probs (batch, S) under the weights that rolled it out; steps (S,) indices into
-    the policy's `timesteps`; timesteps (S,) the network's integers; final (batch, *latent) what `policy.decode` takes.
-    log_probs are data. states and final carry the sampler's graph where the rollout kept one.
-    A run that started late, from the branching point of a tree, has `steps[0] > 0`.
-    """
-
-    states: Tensor
-    log_probs: Tensor
-    steps: Tensor
-    timesteps: Tensor
-    condition: Condition
-    final: Tensor
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def transitions(self, rows: Tensor, places: Tensor) -> Transitions:
-        """The transitions of trajectories `rows` (n,) at their `places` (n, k), flattened to n k rows.
-
-        A place counts from the start of this trajectory, not of the policy's steps: branches start in the middle.
-        """
-        b, s = rows.repeat_interleave(places.shape[1]), places.flatten()
-        return Transitions(
-            self.states[b, s], self.steps[s], self.condition[b], self.states[b, s + 1], self.log_probs[b, s]
-        )
 
 
 class Policy(Trainable):
@@ -132,11 +58,11 @@ class Policy(Trainable):
             )
         self.network = network.eval()  # dropout would make the ratio differ from 1 before the first update
         self.scheduler = scheduler
-        self.latent_shape = tuple(latent_shape or _latent_shape(network))
+        self.latent_shape = tuple(latent_shape or latent_shape_of(network))
         self.guidance_scale = float(guidance_scale)
         self.network_evaluations = 0
         self.pipeline = None  # set by from_pipeline: where a saved adapter can be tried
-        self._encoder = encoder or _class_encoder(class_names, null_class)
+        self._encoder = encoder or class_encoder(class_names, null_class)
         self._decoder = decoder
         self.set_num_steps(num_steps)
 
@@ -422,87 +348,3 @@ def graphed_steps(calls: range, grad_steps: int | Iterable[int] | Tensor | None)
     if missed := sorted(chosen - set(calls)):
         raise ValueError(f"grad_steps names step {missed[0]}; this run calls the network at {list(calls)}.")
     return chosen
-
-
-def check_pipeline(pipe) -> None:
-    """Raises ValueError for what is no text-to-image pipeline with a UNet and an autoencoder."""
-    missing = [part for part in ("unet", "vae", "scheduler", "tokenizer") if getattr(pipe, part, None) is None]
-    if missing or not hasattr(pipe, "encode_prompt"):
-        hint = " It has a transformer: flow models are not diffusion policies." if hasattr(pipe, "transformer") else ""
-        raise ValueError(
-            f"cannot wrap {type(pipe).__name__}: it has no {', '.join(missing) or 'encode_prompt'}.{hint} Expected "
-            "a pipeline like StableDiffusionPipeline, or build DiffusionPolicy(network, scheduler, ...) by hand."
-        )
-    channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels != latent:
-        raise ValueError(
-            f"cannot wrap {type(pipe).__name__}: its UNet takes {channels} channels, its VAE gives {latent}. "
-            "Inpainting and image-conditioned UNets need extra channels in every call; use a text-to-image one."
-        )
-
-
-def pipeline_modules(pipe, decode_rows: int) -> dict:
-    """Encoder and decoder of a pipeline, its modules frozen. `decode_rows`: latents per call of the autoencoder."""
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-        if module is not None:
-            module.requires_grad_(False).eval()
-    return {"encoder": _pipeline_encoder(pipe), "decoder": _vae_decoder(pipe.vae, decode_rows)}
-
-
-def _latent_shape(network: nn.Module) -> tuple[int, ...]:
-    config = getattr(network, "config", None)
-    if config is None or getattr(config, "sample_size", None) is None:
-        raise ValueError(
-            f"{type(network).__name__} does not say the shape of its samples: pass latent_shape=(channels, h, w)."
-        )
-    size = config.sample_size
-    return (config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-
-def _class_encoder(class_names: Sequence[Hashable] | None, null_class: int | None):
-    """Prompts that are the names of classes; without names, every prompt is accepted and means nothing."""
-    labels = {name: i for i, name in enumerate(class_names or ())}
-
-    def encode(prompts: list[Hashable]) -> Encoded:
-        if not labels:
-            return Encoded({})
-        for prompt in prompts:
-            if prompt not in labels:
-                known = [str(name) for name in labels]
-                near = difflib.get_close_matches(str(prompt), known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"unknown prompt {prompt!r}; {hint}This policy knows: {', '.join(known)}.")
-        unconditional = {} if null_class is None else {"class_labels": torch.full((len(prompts),), null_class)}
-        return Encoded({"class_labels": torch.tensor([labels[prompt] for prompt in prompts])}, unconditional)
-
-    return encode
-
-
-def _pipeline_encoder(pipe):
-    """The pipeline's own encode_prompt. XL pipelines add pooled embeddings, and want the image's size (time_ids)."""
-
-    @torch.no_grad()
-    def encode(prompts: list[str]) -> Encoded:
-        encoded = pipe.encode_prompt(
-            prompts, device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
-        inputs, unconditional = {"encoder_hidden_states": encoded[0]}, {"encoder_hidden_states": encoded[1]}
-        if len(encoded) == 4:
-            side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-            time_ids = encoded[0].new_tensor([[side, side, 0, 0, side, side]]).expand(len(prompts), 6)
-            inputs |= {"text_embeds": encoded[2], "time_ids": time_ids}
-            unconditional |= {"text_embeds": encoded[3], "time_ids": time_ids}
-        return Encoded(inputs, unconditional)
-
-    return encode
-
-
-def _vae_decoder(vae, rows: int):
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-
-    def decode(latents: Tensor) -> Tensor:
-        latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
-        images = torch.cat([vae.decode(part).sample for part in latents.split(rows)])
-        return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
-
-    return decode

@@ -22,7 +22,9 @@ from minialign.kernels import (
     lcm_guidance,
     squared_error,
 )
-from minialign.policies.base import Condition, Policy, check_pipeline, pipeline_modules
+from minialign.policies.base import Policy
+from minialign.policies.encoders import check_pipeline, pipeline_modules
+from minialign.policies.trajectory import Condition
 
 
 class ConsistencyPolicy(Policy):

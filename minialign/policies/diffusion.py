@@ -15,12 +15,10 @@ from minialign.kernels import StepOut, ddim_alpha_bars, ddim_std, ddim_step, pre
 from minialign.policies.base import (
     ATTENTION,
     EVERYWHERE,
-    Condition,
     Policy,
-    Trajectory,
-    check_pipeline,
-    pipeline_modules,
 )
+from minialign.policies.encoders import check_pipeline, pipeline_modules
+from minialign.policies.trajectory import Condition, Trajectory
 
 __all__ = ["ATTENTION", "EVERYWHERE", "Condition", "DiffusionPolicy", "Trajectory"]
 

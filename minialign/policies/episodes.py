@@ -34,17 +34,25 @@ class Episodes(NamedTuple):
 
 
 def respond(
-    policy, prompts: list[str], noise: Tensor, num_tokens: int, temperature: float | int = 1.0, critic: bool = False
+    policy, prompts: list[str], noise: Tensor, num_tokens: int, temperature: float | int = 1.0, num_heads: int = 0
 ) -> Episodes:
-    """Responses of a LanguagePolicy, at most `num_tokens` long. critic: with the values of its heads."""
+    """Responses of a LanguagePolicy, at most `num_tokens` long; with the critic's values, if it is to have `num_heads`.
+
+    Raises ValueError for a critic of another number of heads.
+    """
     responses = policy.generate(prompts, num_tokens, noise=noise, temperature=temperature)
 
     def score(rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
-        log_prob, values, _ = policy.score(responses[rows], values=critic)
+        log_prob, values, _ = policy.score(responses[rows], values=num_heads > 0)
         return log_prob, values
 
     places = [torch.arange(responses.mask.shape[1], device=policy.device)]
-    log_prob_ref, values = policy.log_probs(responses, reference=True), policy.values(responses) if critic else None
+    log_prob_ref, values = policy.log_probs(responses, reference=True), policy.values(responses) if num_heads else None
+    if values is not None and values.shape[-1] != num_heads:
+        raise ValueError(
+            f"the critic has {values.shape[-1]} heads; this method needs {num_heads}: call "
+            f"policy.add_value_heads({num_heads}) before."
+        )
     return Episodes(responses.texts, responses.log_probs, log_prob_ref, responses.mask, values, score, places, 1)
 
 

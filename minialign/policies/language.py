@@ -11,81 +11,18 @@ it stand one position before it. Nothing is read from padding, so its content ca
 """
 
 import copy
-import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, sample_tokens, token_entropy, token_log_probs
+from minialign.policies.architectures import cache_name, named_inputs
 from minialign.policies.noise import row_noise
-from minialign.policies.trainable import Trainable
-
-
-@dataclass
-class Responses:
-    """Responses to prompts, a row each; `responses[rows]` selects rows.
-
-    prompt_tokens, prompt_mask (b, p), padded on the left; tokens, mask (b, t), padded on the right to the longest of
-    the responses. mask is True on every token of a response, its EOS included. log_probs (b, t) under the policy and
-    the temperature that sampled, 0 behind the end; None if the responses came from elsewhere. ended (b,): by EOS, not
-    by the limit on tokens. texts: without special tokens.
-    """
-
-    prompt_tokens: Tensor
-    prompt_mask: Tensor
-    tokens: Tensor
-    mask: Tensor
-    log_probs: Tensor | None
-    ended: Tensor
-    prompts: list[str]
-    texts: list[str]
-    temperature: float = 1.0
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each response (b,), its EOS included."""
-        return self.mask.sum(1)
-
-    def __getitem__(self, rows: Tensor | slice) -> "Responses":
-        rows = torch.arange(len(self), device=self.tokens.device)[rows]
-        chosen = rows.tolist()
-        columns = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                columns[field.name] = value[rows]
-            elif isinstance(value, list):
-                columns[field.name] = [value[i] for i in chosen]
-        return replace(self, **columns)
-
-
-class Scores(NamedTuple):
-    """What one pass says about responses, all (b, t) and 0 behind the end; values (b, t, k) if asked, entropy too."""
-
-    log_probs: Tensor
-    values: Tensor | None
-    entropy: Tensor | None
-
-
-class ValueHeads(nn.Linear):
-    """k scalars from a hidden state, 0 at first; in float32 at least, whatever the trunk's precision."""
-
-    def __init__(self, hidden_size: int, num_heads: int, like: Tensor):
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        super().__init__(hidden_size, num_heads, device=like.device, dtype=dtype)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden.to(self.weight.dtype))
+from minialign.policies.responses import Responses, Scores
+from minialign.policies.trainable import Trainable, ValueHeads
 
 
 class LanguagePolicy(Trainable):
@@ -501,12 +438,3 @@ class LanguagePolicy(Trainable):
         else:
             raise ValueError("this policy has no critic: call policy.add_value_heads() before.")
         return torch.where(responses.mask.unsqueeze(-1), at_least_float32(values), 0.0)
-
-
-def named_inputs(network: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(network.forward).parameters)
-
-
-def cache_name(accepted: frozenset[str]) -> str | None:
-    """transformers renames past_key_values to cache in 5.2x; older models know the first, other modules neither."""
-    return next((name for name in ("cache", "past_key_values") if name in accepted), None)

@@ -3,7 +3,8 @@
 import copy
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Trainable:
@@ -34,3 +35,16 @@ class Trainable:
 
         weights = {name: p.detach().contiguous() for name, p in self.network.named_parameters() if p.requires_grad}
         save_file(weights, Path(folder) / "trainable.safetensors")
+
+
+class ValueHeads(nn.Linear):
+    """k scalars from a hidden state, 0 at first; in float32 at least, whatever the trunk's precision."""
+
+    def __init__(self, hidden_size: int, num_heads: int, like: Tensor):
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        super().__init__(hidden_size, num_heads, device=like.device, dtype=dtype)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden.to(self.weight.dtype))

@@ -317,7 +317,7 @@ def test_a_critic_with_a_head_for_each_reward_and_the_kl():
 def test_a_critic_with_too_few_heads_is_refused():
     place, policy, rewards = world()
     policy.add_value_heads(network=tokens.PrefixTree(torch.zeros(1, tokens.num_prefixes(4), 2)))
-    with pytest.raises(ValueError, match=r"has 2 heads; 2 rewards and the KL need 3: call policy.add_value_heads\(3\)"):
+    with pytest.raises(ValueError, match=r"has 2 heads; this method needs 3: call policy.add_value_heads\(3\)"):
         run(place, policy, rewards, thresholds=(0.5, 0.4), baseline="critic", num_iterations=1)
 
 
