@@ -434,3 +434,10 @@ def nelder_mead(evaluate: Callable, simplex: Float[Tensor, "n1 n"], max_evaluati
     minimize(objective, start[0], method="Nelder-Mead", options=options)
     best = max(seen, key=lambda pair: pair[1])
     return best[0], best[1], seen
+
+
+# On the command line ------------------------------------------------------------------------------------------------
+
+
+def num_value_heads(config: Config) -> int:
+    return max(len(config.thresholds), 1) + 1 if config.baseline == "critic" else 0
