@@ -1,8 +1,8 @@
-"""The command line: `minialign run | pretrain | replicate | bench | course`.
+"""The command line: `minialign methods | run | pretrain | replicate | bench | course`.
 
-`run` trains a world's base model with a method and leaves in its folder: summary.json, metrics.csv, before_after.png,
-curves.png, the adapter in the format that diffusers loads, and checkpoint.safetensors with run.json, from which
-`--resume` goes on to the same numbers as an uninterrupted run.
+`run` tries a method in a world and leaves in its folder: summary.json, before_after.png, curves.png, run.json; where it
+trains also metrics.csv, what was trained (an adapter in the format that diffusers loads), and checkpoint.safetensors,
+from which `--resume` goes on to the same numbers as an uninterrupted run.
 """
 
 import argparse
@@ -11,8 +11,12 @@ import json
 import sys
 from pathlib import Path
 
-from minialign.bench import MEASURED, command_bench
-from minialign.run import METHODS, WORLDS, UserError, command_run, nearest
+from minialign.bench import command_bench
+from minialign.describe import command_methods
+from minialign.methods import CATALOGUE
+from minialign.prepare import UserError, nearest
+from minialign.recipes import BENCH_WORLDS, WORLDS
+from minialign.run import command_run
 
 REPOSITORY = Path(__file__).parent.parent
 WEIGHTS_MADE_BY = {
@@ -116,12 +120,17 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser("run", help="train a world's base model with a method")
-    run.add_argument("method", nargs="?", help=", ".join(METHODS))
-    run.add_argument("--world", help=f"{', '.join(WORLDS)} (default: shapes; assistant for language models)")
+    methods = commands.add_parser("methods", help="what there is; with a name: its file's words, settings, commands")
+    methods.add_argument("name", nargs="?", help=", ".join(CATALOGUE))
+    methods.add_argument("--markdown", action="store_true", help="the map of the course, as README shows it")
+    methods.set_defaults(function=command_methods)
+
+    run = commands.add_parser("run", help="a method in a world: what it changes, measured and drawn")
+    run.add_argument("method", nargs="?", help=", ".join(CATALOGUE))
+    run.add_argument("--world", help=f"{', '.join(WORLDS)} (default: the method's first, see `minialign methods`)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--steps", type=int, help="iterations of the method")
-    run.add_argument("--reward", help="one of the world's rewards, or package.module:function")
+    run.add_argument("--reward", help="of the world, or package.module:function; several with commas")
     run.add_argument("--out", help="folder for the results (default: a new one under runs/)")
     run.add_argument(
         "--set",
@@ -147,8 +156,8 @@ def parser() -> argparse.ArgumentParser:
     replicate.set_defaults(function=command_replicate)
 
     bench = commands.add_parser("bench", help="a method's step beside the bare network passes it cannot avoid")
-    bench.add_argument("--methods", nargs="+", default=list(MEASURED), help=", ".join(MEASURED))
-    bench.add_argument("--worlds", nargs="+", default=["shapes", "digits"])
+    bench.add_argument("--methods", nargs="+", help="default: all that say what a step cannot avoid")
+    bench.add_argument("--worlds", nargs="+", help=f"default: of {', '.join(BENCH_WORLDS)} those of the method")
     bench.add_argument("--rounds", type=int, default=5)
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--out", help="store the rows as JSON")

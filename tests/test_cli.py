@@ -1,7 +1,6 @@
 """The command line as a user meets it, in the fast exact world: files, resuming, Ctrl-C, and errors that teach."""
 
 import csv
-import importlib
 import json
 import os
 import signal
@@ -13,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minialign import bench, cli
+from minialign import bench, cli, evaluate, methods, prepare, recipes
 from minialign import run as running
 
+IMAGES = ("ddpo", "b2diffurl", "rlcm")  # methods with a floor that work on pictures and points
 FAST = ["--world", "compass", "--steps", "4", "--quiet", "--set", "num_prompts=32", "--set", "num_steps=5"]
 
 
@@ -96,14 +96,19 @@ def test_ctrl_c_saves_what_was_learned_and_resume_goes_on(tmp_path):
         (["dpo"], "unknown method 'dpo'; did you mean 'ddpo'?"),
         (["ddpo", "--world", "shape"], "unknown world 'shape'; did you mean 'shapes'?"),
         (["ddpo", "--set", "learning_rat=1"], "unknown field 'learning_rat'; did you mean 'learning_rate'?"),
-        (["ddpo", "--set", "num_prompts=many"], "num_prompts=many: expected int"),
+        (["ddpo", "--set", "num_prompts=many"], "--set num_prompts=many: 'many' is not a whole number of at least 1"),
         (["ddpo", "--set", "eta"], "expected field=value"),
         (["ddpo", "--world", "compass", "--reward", "golf"], "unknown reward 'golf'; did you mean 'gold'?"),
         (["ddpo", "--world", "compass", "--reward", "nowhere:f"], "cannot load the reward"),
         (["ddpo", "--world", "compass", "--set", "eta=0"], "eta = 0"),
         (["ddpo", "--world", "compass", "--set", "num_minibatches=999"], "more than the 256 samples"),
-        (["ppo", "--world", "shapes"], "ppo trains language models, which world 'shapes' has not. It has: assistant"),
-        (["ddpo", "--world", "assistant"], "ddpo trains image models"),
+        (["ppo", "--world", "shapes"], "language policies) does not run in world 'shapes': assistant, tokens."),
+        (["ddpo", "--world", "assistant"], "diffusion policies) does not run in world 'assistant': shapes"),
+        (["reward_model", "--world", "tokens"], "learns a reward; language policies) does not run in world 'tokens'"),
+        (["teleport", "--steps", "3"], "teleport has no num_iterations"),
+        (["teleport", "--world", "line", "--reward", "gold"], "teleport takes no reward"),
+        (["ddpo", "--world", "compass", "--reward", "gold,side"], "ddpo takes one reward, not 2"),
+        (["constrained", "--world", "tokens", "--reward", "fives"], "there are 1 rewards and 2 thresholds"),
         (["ppo", "--set", "eta=1"], "unknown field 'eta'"),
         (["ppo", "--set", "num_minibatches=65"], "more than the 64 responses"),
         (["--resume", "nothing"], "holds no run to resume"),
@@ -165,8 +170,8 @@ def test_ppo_climbs_in_the_enumerable_world(tmp_path):
 def test_a_broken_reward_is_named_and_nothing_is_left(body, message, tmp_path, capsys, monkeypatch):
     module = f"reward_{abs(hash(body))}"
     (tmp_path / f"{module}.py").write_text(f"def mine(samples, prompts):\n    {body}\n")
-    monkeypatch.setattr(running, "EVALUATION_SAMPLES", 32)
-    monkeypatch.setattr(running, "KL_SAMPLES", 8)
+    monkeypatch.setattr(evaluate, "EVALUATION_SAMPLES", 32)
+    monkeypatch.setattr(evaluate, "KL_SAMPLES", 8)
     assert run("ddpo", *FAST, "--reward", f"{module}:mine", "--out", "r") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
@@ -179,13 +184,13 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
     from minialign.worlds.base import WEIGHTS
 
     drawn = []
-    monkeypatch.setattr(running, "EVALUATION_SAMPLES", 16)
-    monkeypatch.setattr(running, "KL_SAMPLES", 4)
+    monkeypatch.setattr(evaluate, "EVALUATION_SAMPLES", 16)
+    monkeypatch.setattr(evaluate, "KL_SAMPLES", 4)
     report = running.report
 
-    def keep(run, world, rows, before, after, *rest):
+    def keep(plan, trial, rows, before, after, *rest):
         drawn.append((before, after))
-        return report(run, world, rows, before, after, *rest)
+        return report(plan, trial, rows, before, after, *rest)
 
     monkeypatch.setattr(running, "report", keep)
     small = ["num_prompts=4", "group_size=4", "warmup_updates=0", "learning_rate=0.02"]
@@ -195,7 +200,7 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
 
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "shapes", local_files_only=True)
     pipe.load_lora_weights(tmp_path / "r")
-    policy = DiffusionPolicy.from_pipeline(pipe, num_steps=running.WORLDS["shapes"]["num_steps"], guidance_scale=1.0)
+    policy = DiffusionPolicy.from_pipeline(pipe, num_steps=6, guidance_scale=1.0)  # the recipe's
     noise = policy.draw_noise(16, torch.Generator().manual_seed(10_000))
     torch.testing.assert_close(policy.sample(after["prompts"], noise), after["samples"], atol=1e-4, rtol=0)
     # and with no code of ours at all: the pipeline's own call, deterministic sampler
@@ -205,27 +210,39 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
 
 
 def test_bench_stores_its_rows(tmp_path, capsys, quick_distillation):
-    measure = ["bench", "--methods", *bench.PASSES, "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]
+    measure = ["bench", "--methods", *IMAGES, "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]
     assert cli.main(measure) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["method"] for row in rows] == list(bench.PASSES)
+    assert [row["method"] for row in rows] == list(IMAGES)
     for row in rows:
         assert set(row) == {"method", "world", "device", "step_seconds", "floor_seconds", "ratio"}
         ratio = row["step_seconds"] / row["floor_seconds"]
         assert row["step_seconds"] > 0 and row["ratio"] == pytest.approx(ratio, rel=0.05)
-    assert cli.main(["bench", "--methods", "rvr"]) == 2
+    for wrong, message in {"rvr": "did you mean 'rwr'?", "rwr": "unknown method to measure"}.items():
+        assert cli.main(["bench", "--methods", wrong]) == 2 and message in capsys.readouterr().err
+    assert cli.main(["bench", "--methods", "ddpo", "--worlds", "assistant"]) == 2
+    assert "does not run in world 'assistant'" in capsys.readouterr().err
+
+
+def test_bench_measures_each_method_where_it_runs():
+    ppo, ddpo = methods.CATALOGUE["ppo"], methods.CATALOGUE["ddpo"]
+    assert bench.worlds_for(ppo, None, chosen=False) == ["assistant"]
+    assert bench.worlds_for(ddpo, None, chosen=False) == ["shapes", "digits"]
+    assert bench.worlds_for(ppo, ["ring"], chosen=False) == ["assistant"]  # all were meant, and it has no ring
 
 
 def test_the_floor_of_ppo_is_its_rounds_rows(monkeypatch):
     """Rows that the bare passes send through policy and critic, against what a round is charged for."""
-    config = importlib.import_module("minialign.methods.ppo").Config(num_iterations=1, num_prompts=6, num_epochs=2)
-    world = running.load_world("assistant", dict(lora_rank=0), "ppo")
+    config = methods.CATALOGUE["ppo"].module.Config(num_iterations=1, num_prompts=6, num_epochs=2)
+    ppo = methods.CATALOGUE["ppo"]
+    world = prepare.ready_world(ppo, "assistant", prepare.Chosen(dict(lora_rank=0), config))
     seen = {"policy": [], "critic": []}
     for name, module in (("policy", world.policy.network), ("critic", world.policy.critic)):
         module.register_forward_hook(
             lambda _, inputs, __, name=name: seen[name].append((inputs[0].shape[0], torch.is_grad_enabled()))
         )
-    seconds = bench.language_floor_seconds(world.policy, config, {"longest": 5}, world.prompts)
+    floor = ppo.module.floor(world.policy, config, {"longest": 5})
+    seconds = bench.language_seconds(world.policy, world.prompts, **floor)
     assert seconds > 0
     assert seen["policy"] == [(6, False)] * (5 + 1) + [(6, True)] * 2  # five words, the reference, two epochs
     assert seen["critic"] == [(6, False)] + [(6, True)] * 2
@@ -233,14 +250,15 @@ def test_the_floor_of_ppo_is_its_rounds_rows(monkeypatch):
 
 
 def test_teleportation_is_measured_without_a_square_matrix():
-    row = bench.teleport_row("cpu", dim=20_000, rank=8, num_images=100, batch=4)
+    row = methods.CATALOGUE["teleport"].module.bench("cpu", dim=20_000, rank=8, num_images=100, batch=4)
     assert row["statistics_seconds"] > 0 and row["jump_seconds"] > 0
     assert row["memory_over_data"] < 20  # 20,000 x 20,000 would be 200 times the data
 
 
 @pytest.fixture
 def quick_distillation(monkeypatch):
-    monkeypatch.setitem(running.DISTILLATIONS, "compass", dict(num_iterations=3, batch_size=16))
+    quick = dict(num_iterations=3, batch_size=16)
+    monkeypatch.setitem(recipes.RECIPES, ("consistency_distillation", "compass"), quick)
 
 
 def test_rlcm_on_a_world_without_a_twin_distils_one_first(tmp_path, capsys, quick_distillation):
@@ -255,23 +273,21 @@ def test_rlcm_on_a_world_without_a_twin_distils_one_first(tmp_path, capsys, quic
     assert cli.main([*run, "--set", "eta=0.5", "--out", "t"]) == 2  # a consistency sampler has no eta
 
 
-@pytest.mark.parametrize("method", bench.PASSES)
+@pytest.mark.parametrize("method", IMAGES)
 def test_the_floor_has_the_networks_rows_of_a_step(method, quick_distillation):
     """The rows of the floor's passes, backward ones counted thrice, are the step's own network evaluations."""
-    config = importlib.import_module(f"minialign.methods.{method}").Config
-    config = config(num_iterations=2, num_prompts=6, num_minibatches=1, **({
+    module = methods.CATALOGUE[method].module
+    config = module.Config(num_iterations=2, num_prompts=6, num_minibatches=1, **({
         "ddpo": dict(group_size=2, steps_per_pass=2),
         "b2diffurl": dict(num_branches=3, first_window=2, last_window=3, steps_per_pass=2),
         "rlcm": dict(group_size=2),
     }[method]))  # fmt: skip
-    sampler = dict(guidance_scale=1.0) if method in running.CONSISTENCY else dict(eta=1.0)
-    world = running.load_world("compass", dict(num_steps=5, lora_rank=1, **sampler), method)
-    world.policy.network_evaluations = 0
-    train = importlib.import_module(f"minialign.methods.{method}").train
+    chosen = prepare.Chosen(dict(num_steps=5), config)
+    world = prepare.ready_world(methods.CATALOGUE[method], "compass", chosen)
     spent = 0
-    for step in train(world.policy, lambda samples, prompts: samples[:, 0], world.prompts, config):
-        forward, backward = bench.PASSES[method](world.policy, config, step.metrics)
-        spent += sum(forward) + 3 * sum(backward)
+    for step in module.train(world.policy, lambda samples, prompts: samples[:, 0], world.prompts, config):
+        passes = module.floor(world.policy, config, step.metrics)
+        spent += sum(passes["forward"]) + 3 * sum(passes["backward"])
         assert step.network_evaluations == spent
 
 

@@ -1,0 +1,213 @@
+"""The catalogue: one entry a method, and what follows from it. One paper is one file of this folder.
+
+`minialign methods`, the choices of `run` and `bench`, the maps of the course and its cross-references read `CATALOGUE`
+and `CHAPTERS`; nobody else lists methods. Adding a paper: its file, an entry here, its recipes, claim, chapter, tests.
+Nothing heavy is imported: a method's own module is loaded when it is asked for.
+
+What a module of this folder must have is a `Config`, and what it does. The rest it may have:
+
+    train(policy, reward, prompts, config, generator, resume) -> steps    what `run` calls where kind is "trains"
+    num_value_heads(config) -> int            outputs of the critic that it needs beside a language policy
+    shape(policy, reward, prompts, config, generator, **sampling) -> reward    for the loop of another, `Method.loop`
+    trial(world, config, seed) -> Trial       all else: what is measured before and after, and the picture (evaluate.py)
+    floor(policy, config, metrics) -> dict    network passes that the step just made could not avoid (bench.py)
+    bench(device) -> dict                     a row of `minialign bench`, where there are no steps
+"""
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["trains", "shapes rewards", "learns a reward", "samples faster", "steers", "searches"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is known of a method without loading it.
+
+    policies: kinds of policy that it works on, of which a world offers some. world: where to try it first. claims:
+    its replications, tests/claims/claim_NAME.py. loop: the method in whose loop it runs, if it has none of its own.
+    several_rewards: its `train` takes a list of them.
+    """
+
+    name: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+    chapter: str
+    kind: Kind
+    policies: tuple[str, ...]
+    world: str
+    claims: tuple[str, ...]
+    loop: str | None = None
+    several_rewards: bool = False
+
+    @property
+    def paper(self) -> str:
+        return f"{self.authors}, {self.year}"
+
+    @property
+    def module(self):
+        """The method's file, loaded."""
+        return importlib.import_module(f"{__name__}.{self.name}")
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A notebook of the course: `stem`.ipynb, in notebooks/ and in solutions/. goal: what you can do afterwards."""
+
+    stem: str
+    title: str
+    goal: str
+
+    @property
+    def number(self) -> str:
+        return self.stem[:2]
+
+
+CATALOGUE = {
+    method.name: method
+    for method in (
+        Method(
+            name="teleport", title="Teleportation", authors="Wang and Vastola", year=2024, arxiv="2412.09726",
+            chapter="03", kind="samples faster", policies=("diffusion",), world="digits", claims=("teleport",),
+        ),
+        Method(
+            name="consistency_distillation", title="Consistency distillation", authors="Song et al.", year=2023,
+            arxiv="2303.01469", chapter="04", kind="samples faster", policies=("diffusion",), world="compass",
+            claims=("consistency",),
+        ),
+        Method(
+            name="ddpo", title="DDPO", authors="Black et al.", year=2023, arxiv="2305.13301", chapter="10",
+            kind="trains", policies=("diffusion",), world="shapes", claims=("ddpo",),
+        ),
+        Method(
+            name="rwr", title="Reward-weighted regression", authors="Black et al.", year=2023, arxiv="2305.13301",
+            chapter="10", kind="trains", policies=("diffusion",), world="shapes", claims=("ddpo",),
+        ),
+        Method(
+            name="b2diffurl", title="B2-DiffuRL", authors="Hu et al.", year=2025, arxiv="2503.11240", chapter="11",
+            kind="trains", policies=("diffusion",), world="shapes", claims=("b2diffurl", "b2diffurl_shapes"),
+        ),
+        Method(
+            name="rlcm", title="RLCM", authors="Oertell et al.", year=2024, arxiv="2404.03673", chapter="12",
+            kind="trains", policies=("consistency",), world="shapes", claims=("rlcm", "rlcm_shapes"),
+        ),
+        Method(
+            name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
+            chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=("assistant",),
+        ),
+        Method(
+            name="ppo", title="PPO for language models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
+            chapter="50", kind="trains", policies=("language",), world="assistant", claims=("ppo",),
+        ),
+        Method(
+            name="par", title="Preference as reward", authors="Fu et al.", year=2025, arxiv="2502.18770", chapter="51",
+            kind="shapes rewards", policies=("language",), world="tokens", claims=("par", "assistant"), loop="ppo",
+        ),
+        Method(
+            name="constrained", title="Constrained RLHF", authors="Moskovitz et al.", year=2023, arxiv="2310.04373",
+            chapter="52", kind="trains", policies=("language", "diffusion", "consistency"), world="tokens",
+            claims=("constrained", "constrained_assistant"), several_rewards=True,
+        ),
+    )
+}  # fmt: skip
+
+CHAPTERS = {
+    chapter.number: chapter
+    for chapter in (
+        Chapter("00_tour", "A tour", "see alignment happen in a minute, and find your way"),
+        Chapter(
+            "01_diffusion_as_a_policy", "Diffusion as a policy",
+            "write a sampler's transition density, and say why eta = 0 has no gradient",
+        ),
+        Chapter(
+            "02_gaussian_scores", "Gaussian scores",
+            "say what a diffusion network learns first, where a matrix explains it, and where it stops",
+        ),
+        Chapter(
+            "03_teleportation", "Teleportation",
+            "jump over a sampler's first steps with a closed form, in any solver, and say what the jump really brought",
+        ),
+        Chapter(
+            "04_consistency_models", "Consistency models",
+            "distil fifty denoising steps into one jump, and say what ties the jump to the data",
+        ),
+        Chapter(
+            "10_ddpo", "DDPO",
+            "train a diffusion model on any reward, check it against exact answers, and see it over-optimise",
+        ),
+        Chapter(
+            "11_b2diffurl", "B2-DiffuRL",
+            "say which denoising steps decide what, and train those: growing windows, branches with a shared beginning",
+        ),
+        Chapter("12_rlcm", "RLCM", "train a model that draws in four calls, and say what its last call cannot learn"),
+        Chapter(
+            "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
+            "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
+        ),
+        Chapter(
+            "51_reward_shaping", "Reward shaping",
+            "put one line between reward model and optimiser, and tell a better reward from a weaker one",
+        ),
+        Chapter(
+            "52_constrained_rlhf", "Constrained RLHF",
+            "hold several rewards where each is enough, with learned multipliers, and say when tuned weights do",
+        ),
+    )
+}  # fmt: skip
+ANNOUNCED = ("30",)  # numbers that chapters refer to, and that are still to come
+
+
+def chapter_link(number: str, folder: str = "") -> str:
+    """`[10 DDPO](10_ddpo.ipynb)`: how a chapter is referred to. Raises ValueError for a number that does not exist."""
+    if number not in CHAPTERS:
+        raise ValueError(f"there is no chapter {number!r}. There are: {', '.join(CHAPTERS)}.")
+    chapter = CHAPTERS[number]
+    return f"[{number} {chapter.title}]({folder}{chapter.stem}.ipynb)"
+
+
+def arxiv_link(method: Method) -> str:
+    return f"[{method.paper}](https://arxiv.org/abs/{method.arxiv})"
+
+
+def taught_in(number: str) -> Iterator[Method]:
+    """The methods of a chapter."""
+    return (method for method in CATALOGUE.values() if method.chapter == number)
+
+
+def bars(method: Method, results: Path | None) -> tuple[int, int] | None:
+    """(bars that hold, bars) of a method's stored replications in folder `results`; controls do not count.
+
+    None where there is no such folder, or nothing stored in it.
+    """
+    files = [results / f"{claim}.json" for claim in method.claims] if results is not None else []
+    verdicts = [json.loads(file.read_text()) for file in files if file.is_file()]
+    claimed = [bar["passed"] for verdict in verdicts for bar in verdict["bars"] if bar.get("claimed", True)]
+    return (sum(claimed), len(claimed)) if claimed else None
+
+
+def bars_text(method: Method, results: Path | None) -> str:
+    """ "5 of 6", or "-" where nothing is stored."""
+    found = bars(method, results)
+    return "{} of {}".format(*found) if found else "-"
+
+
+def catalogue_table(folder: str = "", results: Path | None = None) -> str:
+    """The map of the course in Markdown: a chapter a line, with its methods, papers, and bars that hold.
+
+    folder: of the notebooks, as seen from where the table will stand ("notebooks/"). Without results there is no last
+    column.
+    """
+    columns = ["chapter", "what you can do afterwards", "method: paper", *(["bars that hold"] if results else [])]
+    lines = [columns, ["---"] * len(columns)]
+    for number, chapter in CHAPTERS.items():
+        methods = list(taught_in(number))
+        papers = "; ".join(f"`{method.name}`: {arxiv_link(method)}" for method in methods)
+        held = [", ".join(bars_text(method, results) for method in methods)] if results else []
+        lines.append([chapter_link(number, folder), chapter.goal, papers, *held])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

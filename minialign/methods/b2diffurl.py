@@ -222,3 +222,16 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
 
         counts = {"kept_positive": (keep & (z > 0)).sum(), "kept_negative": (keep & (z <= 0)).sum()}
         yield run.step(reward_metrics(rewards) | {"window": window} | counts, reward_queries=len(batch))
+
+
+# On the command line ------------------------------------------------------------------------------------------------
+
+
+def floor(policy, config: Config, metrics: dict) -> dict:
+    """Prefixes once, branches b times, and the window of the images that this stage kept."""
+    window, kept = int(metrics["window"]), int(metrics["kept_positive"] + metrics["kept_negative"])
+    branches = config.num_prompts * config.num_branches
+    forward = [config.num_prompts] * (policy.num_steps - window) + [branches] * window
+    passes = range(0, window, config.steps_per_pass)
+    backward = [kept * min(config.steps_per_pass, window - first) for first in passes]
+    return {"forward": forward, "backward": backward * config.num_epochs}

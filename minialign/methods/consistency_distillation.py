@@ -24,8 +24,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minialign.evaluate import Trial, from_pure_noise, sampler_trial, walk
 from minialign.kernels import at_least_float32, expand_as, predict
 from minialign.loop import Run, Step, own_rows
 from minialign.settings import Count, Fraction, Limit, NonNegative, Number, Positive, Settings
@@ -172,3 +174,46 @@ def train(
         target.update(policy.network)
         yield run.step({})
     policy.network.requires_grad_(False)
+
+
+# On the command line ------------------------------------------------------------------------------------------------
+
+CALLS = (1, 2, 4, 8)  # network evaluations a sample, at which student and teacher are compared
+
+
+def states_of(world) -> Callable[[int, torch.Generator], tuple[Tensor, list]]:
+    """data(n, generator) of a world's real samples, as its policies' states."""
+
+    def data(n: int, generator: torch.Generator) -> tuple[Tensor, list]:
+        samples, prompts = world.real(n, generator)
+        return world.encode(samples), prompts
+
+    return data
+
+
+def trial(world, config: Config, seed: int) -> Trial:
+    """The teacher's deterministic sampler (DDIM) and the student's, at equal network evaluations."""
+    from minialign.policies.consistency import ConsistencyPolicy
+
+    teacher, student = world.policy, ConsistencyPolicy.from_diffusion(world.policy)
+
+    def in_steps(num_steps: int, prompts: list, generator: torch.Generator) -> Tensor:
+        scheduler = from_pure_noise(teacher.scheduler)
+        scheduler.set_timesteps(num_steps)
+        return walk(teacher, scheduler, teacher.draw_noise(len(prompts), generator)[:, 0], prompts)
+
+    def in_jumps(num_steps: int, prompts: list, generator: torch.Generator) -> Tensor:
+        student.set_num_steps(num_steps)
+        return student.rollout(prompts, student.draw_noise(len(prompts), generator), density=False).final
+
+    def steps(generator: torch.Generator, resume=None) -> Iterator[Step]:
+        return train(student, teacher, states_of(world), config, generator, resume)
+
+    def save(folder) -> None:
+        weights = {name: tensor.contiguous() for name, tensor in student.network.state_dict().items()}
+        save_file(weights, folder / "student.safetensors")
+
+    return sampler_trial(
+        world, in_steps, in_jumps, CALLS, seed, ("teacher", "student"), steps=steps, total=config.num_iterations,
+        save=save,
+    )  # fmt: skip

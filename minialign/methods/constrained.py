@@ -293,3 +293,8 @@ def train(policy, rewards: Sequence[Callable], prompts, config=Config(), generat
         if config.variant != "fixed":
             metrics |= {f"multiplier_{i}": level for i, level in enumerate(multipliers.levels)}
         yield run.step(metrics, reward_queries=len(batch) * count)
+
+
+def num_value_heads(config: Config) -> int:
+    """Heads of the critic that `minialign run` gives a language model: one a reward, and one for the KL."""
+    return max(len(config.thresholds), 1) + 1 if config.baseline == "critic" else 0

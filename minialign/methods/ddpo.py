@@ -167,3 +167,14 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
                 run.update()
 
         yield run.step(reward_metrics(rewards), reward_queries=len(batch))
+
+
+# On the command line ------------------------------------------------------------------------------------------------
+
+
+def floor(policy, config: Config, metrics: dict) -> dict:
+    """S forward passes of the round's rows, and forward and backward passes of all its states."""
+    rows = config.num_prompts * config.group_size
+    passes = range(0, policy.num_steps, config.steps_per_pass)
+    backward = [rows * min(config.steps_per_pass, policy.num_steps - first) for first in passes]
+    return {"forward": [rows] * policy.num_steps, "backward": backward * config.num_epochs}

@@ -184,3 +184,13 @@ class Shaped:
                 f"no reference rewards for prompt {unknown!r}; score its base responses first: reference_rewards."
             )
         return torch.stack([self.references[prompt] for prompt in prompts])
+
+
+# On the command line --------------------------------------------------------------------------------------------------
+
+
+def shape(policy, reward, prompts, config: Config, generator: torch.Generator, **sampling) -> Shaped:
+    """The reward that another method's loop maximises instead; ten responses a prompt, drawn before training."""
+    needed = config.freeze or config.method in NEEDS_REFERENCES
+    references = reference_rewards(policy, reward, prompts, generator=generator, **sampling) if needed else None
+    return Shaped(reward, references, config)

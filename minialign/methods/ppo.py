@@ -215,3 +215,17 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         extent = {"length": lengths.float().mean(), "longest": lengths.max()}
         metrics = reward_metrics(scores) | {"kl": kl.mean(), "beta": beta} | extent
         yield run.step(metrics, reward_queries=len(batch))
+
+
+# On the command line ------------------------------------------------------------------------------------------------
+
+
+def num_value_heads(config: Config) -> int:
+    return int(config.advantage == "gae")
+
+
+def floor(policy, config: Config, metrics: dict) -> dict:
+    """A round's answers word by word, the reference's and the critic's pass, and every epoch's through both."""
+    rows = config.num_prompts * config.group_size
+    passes = [min(config.rows_per_pass, rows - first) for first in range(0, rows, config.rows_per_pass)]
+    return {"length": int(metrics["longest"]), "forward": [rows], "backward": passes * config.num_epochs}

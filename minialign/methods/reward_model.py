@@ -26,6 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from minialign import show
+from minialign.evaluate import Trial
 from minialign.loop import Run, Step, gather_rows, num_processes, own_rows
 from minialign.settings import Count, Limit, NonNegative, Settings
 
@@ -219,3 +221,54 @@ def train(
         run.update((1 + math.cos(math.pi * number / len(minibatches))) / 2)
         yield run.step({}, labels=len(minibatches[number]))
     model.network.requires_grad_(False)
+
+
+# On the command line ------------------------------------------------------------------------------------------------
+
+PAIRS, TEST_PAIRS = 4000, 2000  # to learn from, one label in ten being wrong; to judge by, all labels right
+
+
+def share_right(model: RewardModel, pairs: Preferences) -> float:
+    return float((model(pairs.chosen, pairs.prompts) > model(pairs.rejected, pairs.prompts)).float().mean())
+
+
+def trial(world, config: Config, seed: int) -> Trial:
+    """Which share of pairs a classifier on the base model's trunk orders as the oracle does, before and after."""
+    network = world.reward_network(seed=seed, num_labels=2 if config.odin else 1)
+    model = RewardModel(network, world.policy.tokenizer)
+    pairs = Preferences(*world.preferences(PAIRS, torch.Generator().manual_seed(1_000 + seed)))
+    sets = {"accuracy": world.prompts, "accuracy_held_out": world.held_out}
+    tests = {name: Preferences(*world.preferences(TEST_PAIRS, torch.Generator().manual_seed(0), 0.0, prompts=prompts))
+             for name, prompts in sets.items()}  # fmt: skip
+    answers = world.answers()
+    texts, prompts = zip(*((text, p) for p in world.prompts for text in answers[p][:16]), strict=True)
+    points = world.oracle(texts, prompts)
+
+    def measured() -> dict:
+        spent = model.network_evaluations
+        scores = model(texts, prompts)
+        found = {name: share_right(model, test) for name, test in tests.items()}
+        found["correlation"] = float(torch.corrcoef(torch.stack([scores, points]))[0, 1])
+        model.network_evaluations = spent  # not charged to training
+        return found | {"scores": (scores - scores.mean()) / scores.std()}
+
+    def draw(before: dict, after: dict, rows: list[dict], folder, title: str) -> None:
+        levels = [level for level in sorted(set(points.tolist())) if (points == level).sum() >= 20]  # fewer say little
+        means = {name: [float(side["scores"][points == level].mean()) for level in levels]
+                 for name, side in (("before", before), ("after", after))}  # fmt: skip
+        figure = show.curves(means, levels, "gold, points", "mean score, in standard deviations", title=title)
+        show.save(figure, folder / "before_after.png", "mean score of the reward model at each level of gold")
+        accuracy = {"accuracy": [row["accuracy"] for row in rows]}
+        labels = [row["labels"] for row in rows]
+        figure = show.curves(accuracy, labels, "labels", "accuracy of the minibatch", title="Accuracy over training")
+        show.save(figure, folder / "curves.png", "accuracy over training")
+
+    return Trial(
+        before=measured, after=measured, draw=draw, save=network.save_pretrained,
+        steps=lambda generator, resume=None: train(model, pairs, config, generator, resume),
+        total=config.num_epochs * math.ceil(PAIRS / config.batch_size),
+        labels={
+            "accuracy": "pairs ordered as gold does", "accuracy_held_out": "the same, held-out prompts",
+            "correlation": "correlation with gold",
+        },
+    )  # fmt: skip

@@ -134,3 +134,14 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         policy.terminal_std = usual
 
         yield run.step(reward_metrics(rewards), reward_queries=len(batch))
+
+
+# On the command line ------------------------------------------------------------------------------------------------
+
+
+def floor(policy, config: Config, metrics: dict) -> dict:
+    """H calls of the round's rows, and forward and backward passes of its H - 1 transitions, minibatch by minibatch."""
+    rows, actions = config.num_prompts * config.group_size, policy.num_steps - (config.terminal_std == 0)
+    actions = min(actions, config.trained_actions or actions)
+    backward = [rows // config.num_minibatches * actions] * config.num_minibatches
+    return {"forward": [rows] * policy.num_steps, "backward": backward}

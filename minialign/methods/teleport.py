@@ -19,7 +19,9 @@ As in neither paper nor code: eigenvalues are clamped at zero, and a jump is mad
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,9 +29,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minialign.evaluate import Trial, from_pure_noise, sampler_trial, walk
 from minialign.exact import Gaussian
 from minialign.kernels import Level, at_least_float32
 from minialign.policies.late_start import late, noise_levels
+from minialign.settings import Count, Positive, Settings
 
 Number = Float[Tensor, ""] | float | int
 
@@ -186,3 +190,59 @@ def latent_statistics(
         for part in images.split(rows)
     ]
     return Gaussian.fit(torch.cat(parts).float() * vae.config.scaling_factor, rank)
+
+
+# On the command line --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    sigma_skip: Positive = 2.5  # the noise level sigma / alpha to jump to
+    num_steps: tuple[Count, ...] = (3, 5, 10, 20)  # network evaluations a sample, at which both are compared
+    rank: Count | None = None  # of the covariances; None: all eigenvectors
+    num_data: Count = 4000  # real samples for the statistics, of all prompts together
+
+
+def prompt_statistics(world, config: Config, generator: torch.Generator) -> dict[Any, Gaussian]:
+    """A Gaussian a prompt, of the world's real data as the policy's states."""
+    samples, prompts = world.real(config.num_data, generator)
+    states, names = world.encode(samples), list(dict.fromkeys(prompts))
+    own = torch.tensor([names.index(prompt) for prompt in prompts])
+    return {name: Gaussian.fit(states[own == i], config.rank) for i, name in enumerate(names)}
+
+
+def trial(world, config: Config, seed: int) -> Trial:
+    """The same network and solver with and without the jump, at equal network evaluations; a Gaussian a prompt."""
+    policy, statistics = world.policy, prompt_statistics(world, config, torch.Generator().manual_seed(seed))
+
+    def drawn(sigma_skip: float | int) -> Callable:
+        def draw(num_steps: int, prompts: list, generator: torch.Generator) -> Tensor:
+            noise, own = policy.draw_noise(len(prompts), generator)[:, 0], [statistics[prompt] for prompt in prompts]
+            scheduler = from_pure_noise(policy.scheduler)
+            start = skip_steps(scheduler, noise, own, sigma_skip, num_steps, keep_budget=True)
+            return walk(policy, start.scheduler, start.states, prompts)
+
+        return draw
+
+    return sampler_trial(world, drawn(math.inf), drawn(config.sigma_skip), config.num_steps, seed, ("no jump", "jump"))
+
+
+def bench(device: str, dim: int = 64 * 64 * 3, rank: int = 512, num_images: int = 2000, batch: int = 64) -> dict:
+    """Seconds for the statistics of `num_images` images and for the jump of a batch; memory beside the data's own."""
+    import resource
+    import time
+
+    generator = torch.Generator().manual_seed(0)
+    data = (torch.randn(num_images, dim, generator=generator) * torch.linspace(3, 0.01, dim)).to(device)
+    noise = torch.randn(batch, dim, generator=generator).to(device)
+    peak, laps = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [time.perf_counter()]
+    statistics = Gaussian.fit(data, rank)
+    laps.append(time.perf_counter())
+    statistics.flow(80 * noise, 80.0, 5.0).cpu()
+    laps.append(time.perf_counter())
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 / data.nbytes
+    return dict(
+        dim=dim, rank=rank, num_images=num_images, batch=batch, device=device,
+        statistics_seconds=round(laps[1] - laps[0], 3), jump_seconds=round(laps[2] - laps[1], 4),
+        memory_over_data=round(more, 2),
+    )  # fmt: skip

@@ -203,7 +203,7 @@ def load(
     model: str = "unet",
     *,
     num_steps: int = 20,
-    eta: float = 1.0,
+    eta: float | int = 1.0,
     guidance_scale: float = 1.0,
     folder: str | Path | None = None,
     seed: int = 0,

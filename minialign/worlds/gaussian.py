@@ -162,7 +162,7 @@ def load(
     name: str = "compass",
     *,
     num_steps: int = 20,
-    eta: float = 1.0,
+    eta: float | int = 1.0,
     residual: str | None = None,
     seed: int = 0,
     **settings: float,
@@ -210,7 +210,12 @@ def scheduler():
 
 
 def _policy(
-    mixture: GaussianMixture, classes: tuple[str, ...] | None, residual: str, num_steps: int, eta: float, seed: int
+    mixture: GaussianMixture,
+    classes: tuple[str, ...] | None,
+    residual: str,
+    num_steps: int,
+    eta: float | int,
+    seed: int,
 ) -> DiffusionPolicy:
     schedule, num_classes = scheduler(), len(classes or ())
     schedule.set_timesteps(num_steps)

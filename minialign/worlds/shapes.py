@@ -177,7 +177,7 @@ class ShapesWorld(World):
 
 
 def _policy(
-    model: str, folder: str | Path | None = None, eta: float = 1.0, **given: float | int
+    model: str, folder: str | Path | None = None, eta: float | int = 1.0, **given: float | int
 ) -> DiffusionPolicy | ConsistencyPolicy:
     pipe = load_pipeline(folder, model)
     settings = MODELS[model][2] | given
@@ -190,7 +190,7 @@ def load(
     *,
     model: str = "diffusion",
     num_steps: int | None = None,
-    eta: float = 1.0,
+    eta: float | int = 1.0,
     guidance_scale: float | None = None,
     folder: str | Path | None = None,
 ) -> ShapesWorld:

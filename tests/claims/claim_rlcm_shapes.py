@@ -15,9 +15,9 @@ from multiprocessing import get_context
 import torch
 from claim_b2diffurl import bar
 
-from minialign import rewards
-from minialign import run as running
+from minialign import prepare, rewards
 from minialign.measure import diversity, mean_ci, paired_difference
+from minialign.methods import CATALOGUE
 
 SEEDS = 3
 EXAMINED = 256  # samples, every fourth round, not charged
@@ -29,10 +29,10 @@ TASKS = ("oracle", "scorer", "compressibility", "incompressibility")
 def run(task: str, method: str, seed: int) -> list[list[float]]:
     """[queries, evaluations, seconds of training, reward, oracle, diversity] over time, from before the first round."""
     rounds = ROUNDS.get(task, FEW)[method]
-    world_settings, config = running.settings(method, "shapes", [], rounds)
-    world = running.load_world("shapes", world_settings, method)
+    entry = CATALOGUE[method]
+    chosen = prepare.settings(entry, "shapes", [], rounds)
+    world, config = prepare.ready_world(entry, "shapes", chosen), chosen.config
     reward = world.rewards.get(task) or getattr(rewards, task)
-    train = __import__(f"minialign.methods.{method}", fromlist=["train"]).train
     policy, asked, curve = world.policy, [world.prompts[i % 8] for i in range(EXAMINED)], []
     noise = policy.draw_noise(EXAMINED, torch.Generator().manual_seed(5_000 + seed))
 
@@ -45,7 +45,7 @@ def run(task: str, method: str, seed: int) -> list[list[float]]:
 
     examine(0, 0, 0.0)
     seconds = 0.0
-    for step in train(policy, reward, world.prompts, config, torch.Generator().manual_seed(seed)):
+    for step in entry.module.train(policy, reward, world.prompts, config, torch.Generator().manual_seed(seed)):
         seconds += step.seconds
         if step.number % 4 == 3 or step.number + 1 == rounds:
             examine(step.reward_queries, step.network_evaluations, seconds)

@@ -1,0 +1,197 @@
+"""From names on a command line to a world, a policy that is ready, and settings; and the errors on the way."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from minialign import recipes
+from minialign.methods import CATALOGUE, Method
+from minialign.settings import Count, Natural, Range, annotations, parse
+
+
+class UserError(Exception):
+    """What the user can mend: printed without a traceback, exit code 2."""
+
+
+def nearest(kind: str, name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r};{hint} There are: {', '.join(known)}."
+
+
+# What there is --------------------------------------------------------------------------------------------------------
+
+
+def find_method(name: str) -> Method:
+    if name not in CATALOGUE:
+        raise UserError(nearest("method", name, CATALOGUE))
+    return CATALOGUE[name]
+
+
+def worlds_of(method: Method) -> list[str]:
+    """Where it runs: in worlds with its kind of policy; if it does not just train one, in those with its recipe."""
+    return [
+        world
+        for world, kinds in recipes.WORLDS.items()
+        if set(method.policies) & set(kinds) and (method.kind == "trains" or (method.name, world) in recipes.RECIPES)
+    ]
+
+
+def policy_kind(method: Method, world: str) -> str:
+    """The kind of policy that the method takes in that world. Raises UserError where it takes none."""
+    if world not in recipes.WORLDS:
+        raise UserError(nearest("world", world, recipes.WORLDS))
+    if world not in worlds_of(method):
+        kinds, fit = " or ".join(method.policies), ", ".join(worlds_of(method))
+        raise UserError(f"{method.name} ({method.kind}; {kinds} policies) does not run in world {world!r}: {fit}.")
+    return next(kind for kind in method.policies if kind in recipes.WORLDS[world])
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+# How a world's policy is sampled and what it trains; the methods' own settings check themselves.
+WORLD_SETTINGS = {
+    "num_steps": Count,
+    "eta": Annotated[float, Range(0)],  # worlds take no whole number for it
+    "guidance_scale": Annotated[float, Range(0)],
+    "lora_rank": Natural,
+    "kind": str,
+}
+
+
+class Chosen(NamedTuple):
+    """Settings of the world, the method's Config, and that of the loop it runs in, if that is another method's."""
+
+    world: dict[str, Any]
+    config: Any
+    loop: Any = None
+
+
+def settings(method: Method, world: str, assignments: list[str], steps: int | None = None) -> Chosen:
+    """From the recipe and the user's --set and --steps. Raises UserError."""
+    kinds = [method.module.Config, *([CATALOGUE[method.loop].module.Config] if method.loop else [])]
+    fields = {name: annotation for kind in kinds for name, annotation in annotations(kind).items()}
+    of_world = dict(recipes.WORLDS[world][policy_kind(method, world)])
+    chosen = dict(recipes.RECIPES.get((method.name, world), {}))
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator:
+            raise UserError(f"--set {assignment}: expected field=value.")
+        if name not in fields and name not in of_world:
+            raise UserError(nearest("field", name, [*fields, *of_world]))
+        try:
+            chosen[name] = parse(text, fields[name] if name in fields else WORLD_SETTINGS[name])
+        except ValueError as error:
+            raise UserError(f"--set {assignment}: {error}") from None
+    if steps is not None:
+        if "num_iterations" not in fields:
+            raise UserError(f"{method.name} has no num_iterations: see `minialign methods {method.name}` for --set.")
+        chosen["num_iterations"] = steps
+    of_world |= {name: value for name, value in chosen.items() if name in of_world}
+    try:
+        configs = [kind(**{k: v for k, v in chosen.items() if k in annotations(kind)}) for kind in kinds]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return Chosen(of_world, *configs)
+
+
+# Worlds and policies --------------------------------------------------------------------------------------------------
+
+
+def load_world(name: str, kind: str, settings: dict[str, Any]):
+    """The world with its policy of that kind, sampled as the settings say; distilled now where it ships none."""
+    from minialign import worlds
+
+    sampler = {name: value for name, value in settings.items() if name != "lora_rank"}
+    if kind == "consistency" and ("consistency_distillation", name) in recipes.RECIPES:
+        return distilled_world(name, sampler)
+    return worlds.load(name, **sampler, **({"model": "consistency"} if kind == "consistency" else {}))
+
+
+def distilled_world(name: str, sampler: dict[str, Any]):
+    """The world with a consistency policy: a student, distilled here and now."""
+    import dataclasses
+
+    import torch
+
+    from minialign import loop, worlds
+    from minialign.policies.consistency import ConsistencyPolicy
+
+    world, distillation = worlds.load(name), CATALOGUE["consistency_distillation"]
+    student = ConsistencyPolicy.from_diffusion(world.policy, **sampler)
+    config = settings(distillation, name, []).config
+    print(f"distilling a consistency model of {name} ({config.num_iterations} updates) ...", file=sys.stderr)
+    generator, data = torch.Generator().manual_seed(0), distillation.module.states_of(world)
+    loop.fit(distillation.module.train(student, world.policy, data, config, generator), progress=False)
+    return dataclasses.replace(world, policies={"consistency": lambda: student}, policy_kind="consistency")
+
+
+def make_trainable(world, settings: dict[str, Any], num_value_heads: int = 0) -> None:
+    """A LoRA adapter; where lora_rank is 0, or the world has none, all weights. A critic that stands apart."""
+    from minialign.policies.diffusion import EVERYWHERE
+
+    policy, rank = world.policy, settings.get("lora_rank", 0)
+    if not rank:
+        if not any(p.requires_grad for p in policy.network.parameters()):  # an exact world's residual trains already
+            policy.train_all_weights()
+    elif hasattr(policy, "generate"):
+        policy.add_lora(rank=rank)
+    else:
+        policy.add_lora(rank=rank, target_modules=EVERYWHERE)
+    if num_value_heads and world.critic is not None:
+        policy.add_value_heads(num_value_heads, network=world.critic(num_value_heads))
+    elif num_value_heads:
+        policy.add_value_heads(num_value_heads, own_trunk=True)
+
+
+def ready_world(method: Method, name: str, chosen: Chosen):
+    """The world for a run of the method: loaded, and its policy ready to train if it is what is trained."""
+    world = load_world(name, policy_kind(method, name), chosen.world)
+    loop = CATALOGUE[method.loop or method.name].module
+    if hasattr(loop, "train") and not hasattr(method.module, "trial"):
+        heads = getattr(loop, "num_value_heads", lambda config: 0)(chosen.loop or chosen.config)
+        make_trainable(world, chosen.world, heads if hasattr(world.policy, "generate") else 0)
+    if world.policy is not None:
+        world.policy.network_evaluations = 0
+    return world
+
+
+def training(method: Method, chosen: Chosen, world, rewards: list[Callable], seed: int) -> Callable[..., Iterator]:
+    """steps(generator, resume): the method's loop on the world's policy, or the loop of another on its reward."""
+    import torch
+
+    policy, module, config = world.policy, method.module, chosen.config
+    if len(rewards) != 1 and not method.several_rewards:
+        raise UserError(f"{method.name} takes one reward, not {len(rewards)}.")
+    reward = rewards if method.several_rewards else rewards[0]
+    if method.loop:
+        sampling = {"num_tokens": world.num_tokens} if hasattr(policy, "generate") else {}
+        generator = torch.Generator().manual_seed(30_000 + seed)
+        reward = module.shape(policy, reward, world.prompts, config, generator, **sampling)
+        module, config = CATALOGUE[method.loop].module, chosen.loop
+    return lambda generator, resume=None: module.train(policy, reward, world.prompts, config, generator, resume)
+
+
+def choose_rewards(method: Method, world, text: str | None) -> dict[str, Callable]:
+    """The rewards named in `text`, with commas between; those of the recipe, or the world's default, if it is None."""
+    names = text.split(",") if text else recipes.REWARDS.get((method.name, world.name), (world.default_reward,))
+    return {name: choose_reward(world, name) for name in names}
+
+
+def choose_reward(world, name: str) -> Callable:
+    """One of the world's rewards, or any Python callable given as package.module:function."""
+    if name in world.rewards:
+        return world.rewards[name]
+    if ":" not in name:
+        raise UserError(nearest("reward", name, world.rewards) + " Or give your own as package.module:function.")
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"cannot load the reward {name!r}: {error}") from None

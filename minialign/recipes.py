@@ -1,0 +1,78 @@
+"""What suits which method in which world: data, no code. A minute or two on two cores each.
+
+Everything else is the method's own default; every field can be overridden with `minialign run NAME --set`. A method
+that trains runs in every world with its kind of policy, recipe or not; one that does something else needs more than a
+policy (data as the policy's states, preferences), and runs where it has a recipe.
+"""
+
+# How a world's policies are sampled, by kind, and what is trained of them; lora_rank 0 or none: all weights. A
+# consistency policy that a world does not ship is distilled first.
+WORLDS = {
+    "shapes": {
+        "diffusion": dict(num_steps=6, eta=1.0, guidance_scale=1.0, lora_rank=16),
+        "consistency": dict(num_steps=4, guidance_scale=2.5, lora_rank=16),
+    },
+    "digits": {
+        "diffusion": dict(num_steps=10, eta=1.0, guidance_scale=1.0, lora_rank=16),
+        "consistency": dict(num_steps=4, lora_rank=16),
+    },
+    "compass": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
+    "ring": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
+    "line": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
+    "assistant": {"language": dict(lora_rank=0)},
+    "tokens": {"language": dict(lora_rank=0, kind="padding")},
+}
+BENCH_WORLDS = ("shapes", "digits", "assistant")
+
+B2_SMALL = dict(num_prompts=26, num_minibatches=2, num_epochs=1, steps_per_pass=6)
+B2_EXACT = dict(
+    num_iterations=36, num_prompts=52, first_window=4, clip_range=0.1, learning_rate=1e-2, steps_per_pass=20
+)
+# plain sums of the rewards to come, whitened over the round, move a table best
+TABLE = dict(num_tokens=4, num_epochs=1, gae_lambda=1.0, learning_rate=0.03)
+RECIPES = {
+    ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
+    ("ddpo", "digits"): dict(num_iterations=16, learning_rate=1e-3, steps_per_pass=5),
+    ("ddpo", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, num_minibatches=4, learning_rate=3e-3),
+    ("ddpo", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, num_minibatches=4, learning_rate=3e-3),
+    ("ddpo", "line"): dict(num_iterations=40, num_prompts=256, group_size=1, num_minibatches=4, learning_rate=3e-3),
+    # relations are settled by the first steps, so on shapes the window is the whole run; see tests/claims
+    ("b2diffurl", "shapes"): B2_SMALL | dict(num_iterations=50, first_window=6, learning_rate=3e-3, warmup_updates=10),
+    ("b2diffurl", "digits"): B2_SMALL | dict(num_iterations=32, first_window=4, learning_rate=1e-3),
+    ("b2diffurl", "compass"): B2_EXACT | dict(last_window=10),
+    ("b2diffurl", "ring"): B2_EXACT,
+    ("b2diffurl", "line"): B2_EXACT,
+    ("rlcm", "shapes"): dict(num_iterations=36, learning_rate=2e-3, final_lr_fraction=0.1, warmup_updates=20),
+    ("rlcm", "digits"): dict(num_iterations=32, learning_rate=1e-3, num_minibatches=2),
+    ("rlcm", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
+    ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
+    ("rwr", "shapes"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
+    ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
+    ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
+    ("ppo", "tokens"): TABLE | dict(num_iterations=200),
+    ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),
+    ("par", "tokens"): TABLE | dict(num_iterations=200),
+    ("constrained", "assistant"): dict(
+        thresholds=(0.8, 1.0), num_iterations=60, num_prompts=64, num_epochs=4, learning_rate=3e-4, max_grad_norm=1.0
+    ),
+    ("constrained", "tokens"): dict(
+        thresholds=(0.5, 0.4), num_iterations=300, num_tokens=4, baseline="batch", gae_lambda=1.0, learning_rate=0.02,
+        rows_per_pass=128, max_grad_norm=1e9, kind="constrained",
+    ),
+    ("consistency_distillation", "digits"): dict(num_iterations=800, batch_size=64, learning_rate=1e-3),
+    ("consistency_distillation", "compass"): dict(num_iterations=4000, batch_size=256),
+    ("consistency_distillation", "ring"): dict(num_iterations=4000, batch_size=256),
+    ("consistency_distillation", "line"): dict(num_iterations=1000, batch_size=256),
+    ("reward_model", "assistant"): dict(),
+    ("teleport", "digits"): dict(),
+    ("teleport", "compass"): dict(),
+    ("teleport", "ring"): dict(),
+    ("teleport", "line"): dict(),
+}  # fmt: skip
+
+# Rewards to train on, where they are not the world's default.
+REWARDS = {
+    ("par", "assistant"): ("courtesies",),
+    ("constrained", "assistant"): ("right", "courtesies"),
+    ("constrained", "tokens"): ("fives", "fours"),
+}
