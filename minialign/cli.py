@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minialign.bench import command_bench
 from minialign.describe import command_methods
-from minialign.methods import CATALOGUE
+from minialign.methods import CATALOGUE, catalogue_table, verdicts_table
 from minialign.prepare import UserError, nearest
 from minialign.recipes import BENCH_WORLDS, WORLDS
 from minialign.run import command_run
@@ -70,21 +70,28 @@ def command_replicate(args) -> int:
 
 
 def write_table(found: dict[str, Path]) -> None:
-    """Rewrites the README's table of results from the stored verdicts in tests/claims/results."""
+    """Rewrites, from the stored verdicts, tests/claims/README.md (every bar) and README.md (maps, a line a method)."""
     lines = ["| paper | claim in miniature | measured | bar | verdict |", "|---|---|---|---|---|"]
+    results = REPOSITORY / "tests" / "claims" / "results"
     for name in sorted(found):
-        stored = found[name].parent / "results" / f"{name}.json"
+        stored = results / f"{name}.json"
         if stored.exists():
             verdict = json.loads(stored.read_text())
             for bar in verdict["bars"]:
                 measured = bar.get("text", format(bar["value"], ".4g"))
                 mark = "replicates" if bar["passed"] else "does not replicate"
                 lines.append(f"| {verdict['name']} | {bar['id']} | {measured} | {bar['threshold']} | {mark} |")
-    readme = REPOSITORY / "README.md"
-    head, rest = readme.read_text().split("<!-- results -->\n", 1)
-    _, tail = rest.split("<!-- /results -->", 1)
-    readme.write_text(head + "<!-- results -->\n" + "\n".join(lines) + "\n<!-- /results -->" + tail)
+    write_between(REPOSITORY / "tests" / "claims" / "README.md", "results", "\n".join(lines))
+    write_between(REPOSITORY / "README.md", "map", catalogue_table("notebooks/"))
+    write_between(REPOSITORY / "README.md", "methods", verdicts_table(results))
     print("\n".join(lines))
+
+
+def write_between(path: Path, mark: str, text: str) -> None:
+    """Replaces what stands in a file between `<!-- mark -->` and `<!-- /mark -->`."""
+    head, rest = path.read_text().split(f"<!-- {mark} -->\n", 1)
+    _, tail = rest.split(f"<!-- /{mark} -->", 1)
+    path.write_text(f"{head}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{tail}")
 
 
 def command_course(args) -> int:
@@ -152,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     replicate = commands.add_parser("replicate", help="check a paper's claims in miniature")
     replicate.add_argument("name", nargs="?")
     replicate.add_argument("--out", help="store the verdict as JSON")
-    replicate.add_argument("--table", action="store_true", help="rewrite the README's table from the stored verdicts")
+    replicate.add_argument("--table", action="store_true", help="rewrite the tables of README.md and tests/claims/README.md")
     replicate.set_defaults(function=command_replicate)
 
     bench = commands.add_parser("bench", help="a method's step beside the bare network passes it cannot avoid")

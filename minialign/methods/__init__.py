@@ -99,7 +99,7 @@ CATALOGUE = {
         ),
         Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
-            chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=("assistant",),
+            chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=("ppo",),
         ),
         Method(
             name="ppo", title="PPO for language models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
@@ -180,14 +180,16 @@ def taught_in(number: str) -> Iterator[Method]:
     return (method for method in CATALOGUE.values() if method.chapter == number)
 
 
-def bars(method: Method, results: Path | None) -> tuple[int, int] | None:
-    """(bars that hold, bars) of a method's stored replications in folder `results`; controls do not count.
-
-    None where there is no such folder, or nothing stored in it.
-    """
+def claimed_bars(method: Method, results: Path | None) -> list[dict]:
+    """The bars of a method's stored replications in folder `results` that its paper claims; controls are left out."""
     files = [results / f"{claim}.json" for claim in method.claims] if results is not None else []
     verdicts = [json.loads(file.read_text()) for file in files if file.is_file()]
-    claimed = [bar["passed"] for verdict in verdicts for bar in verdict["bars"] if bar.get("claimed", True)]
+    return [bar for verdict in verdicts for bar in verdict["bars"] if bar.get("claimed", True)]
+
+
+def bars(method: Method, results: Path | None) -> tuple[int, int] | None:
+    """(bars that hold, bars) of a method's stored replications; None where nothing is stored."""
+    claimed = [bar["passed"] for bar in claimed_bars(method, results)]
     return (sum(claimed), len(claimed)) if claimed else None
 
 
@@ -195,6 +197,24 @@ def bars_text(method: Method, results: Path | None) -> str:
     """ "5 of 6", or "-" where nothing is stored."""
     found = bars(method, results)
     return "{} of {}".format(*found) if found else "-"
+
+
+def verdict(method: Method, results: Path | None) -> str:
+    """ "5 of 6 bars hold; not: reward queries": a method's stored replications in a line."""
+    found = bars(method, results)
+    if found is None:
+        return "no replication stored"
+    names = [bar["id"] for bar in claimed_bars(method, results) if not bar["passed"]]
+    return f"{found[0]} of {found[1]} bars hold" + (f"; not: {'; '.join(names)}" if names else "")
+
+
+def verdicts_table(results: Path | None) -> str:
+    """A method a line in Markdown: its file, its paper, its verdict."""
+    lines = ["| method | paper | in miniature |", "|---|---|---|"]
+    for method in CATALOGUE.values():
+        file = f"[`{method.name}`](minialign/methods/{method.name}.py)"
+        lines.append(f"| {file} | {method.title}, {arxiv_link(method)} | {verdict(method, results)} |")
+    return "\n".join(lines)
 
 
 def catalogue_table(folder: str = "", results: Path | None = None) -> str:

@@ -232,14 +232,16 @@ def test_one_seed_of_b2diffurl_and_of_ddpo():
     assert ours["network_evaluations"] < 0.6 * ddpo["network_evaluations"] and ours["queries"] > ddpo["queries"]
 
 
-def test_the_readme_quotes_the_stored_verdicts(capsys):
-    before = (cli.REPOSITORY / "README.md").read_text()
+def test_the_tables_quote_the_stored_verdicts(capsys):
+    files = [cli.REPOSITORY / "README.md", cli.REPOSITORY / "tests" / "claims" / "README.md"]
+    before = [file.read_text() for file in files]
     try:
         cli.main(["replicate", "--table"])
-        assert (cli.REPOSITORY / "README.md").read_text() == before
+        assert [file.read_text() for file in files] == before
     finally:
-        (cli.REPOSITORY / "README.md").write_text(before)
-    assert "DDPO_IS" in capsys.readouterr().out
+        for file, text in zip(files, before, strict=True):
+            file.write_text(text)
+    assert "DDPO_IS" in capsys.readouterr().out and "5 of 5 bars hold" in before[0]
 
 
 def test_one_seed_of_importance_sampling_and_of_the_best_baseline():
