@@ -291,6 +291,13 @@ def test_the_floor_has_the_networks_rows_of_a_step(method, quick_distillation):
         assert step.network_evaluations == spent
 
 
+def test_course_copy_hands_out_the_notebooks_and_overwrites_no_answers(tmp_path, capsys):
+    assert cli.main(["course", "copy", "mine"]) == 0
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names == {f"{chapter.stem}.ipynb" for chapter in methods.CHAPTERS.values()}
+    assert cli.main(["course", "copy", "mine"]) == 2 and "already holds 00_tour.ipynb" in capsys.readouterr().err
+
+
 def test_pretrain_names_what_it_can_make(capsys):
     assert cli.main(["pretrain", "shape"]) == 2
     assert "did you mean 'shapes'?" in capsys.readouterr().err
