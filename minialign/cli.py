@@ -106,6 +106,36 @@ def command_course(args) -> int:
     return 0
 
 
+def notebooks() -> list[Path]:
+    """The student's edition: of the clone, or the one that the wheel brought. Raises UserError where there is none."""
+    from importlib.metadata import PackageNotFoundError, files
+
+    found = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+    if not found:
+        try:
+            shipped = files("minialign") or []
+        except PackageNotFoundError:
+            shipped = []
+        found = sorted(Path(file.locate()) for file in shipped if file.match("share/minialign/notebooks/*.ipynb"))
+    if not found:
+        raise UserError("this installation came without the notebooks: install from a clone or a wheel.")
+    return found
+
+
+def command_copy(args) -> int:
+    import shutil
+
+    folder, found = Path(args.folder), notebooks()
+    there = [path.name for path in found if (folder / path.name).exists()]
+    if there:  # it may hold a student's answers
+        raise UserError(f"{folder} already holds {there[0]}: choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in found:
+        shutil.copy(path, folder)
+    print(f"{len(found)} chapters in {folder}: pip install jupyterlab ipywidgets && jupyter lab {folder}")
+    return 0
+
+
 def command_grade(args) -> int:
     from minialign.course.grader import grade, sandbox
 
@@ -176,6 +206,9 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--only", help="one chapter, by number or name")
     make.add_argument("--no-execute", action="store_true", help="leave the student's edition without outputs")
     make.set_defaults(function=command_course)
+    copy = actions.add_parser("copy", help="the student's notebooks into a folder of yours")
+    copy.add_argument("folder")
+    copy.set_defaults(function=command_copy)
     marks = actions.add_parser("grade", help="grade a notebook or a folder of hundreds, each in a sandbox")
     marks.add_argument("submissions", help="a notebook, or a folder of them")
     marks.add_argument("--out", default="grades.csv", help="the grades; feedback goes to the folder of that name")

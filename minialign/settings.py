@@ -130,5 +130,6 @@ def _boolean(text: str) -> bool:
     return known[text.lower()]
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.strip("()").split(",") if part.strip())
+def _numbers(text: str) -> tuple[float | int, ...]:
+    parts = [part.strip() for part in text.strip("()").split(",") if part.strip()]
+    return tuple(int(part) if part.isdigit() else float(part) for part in parts)

@@ -291,6 +291,46 @@ def test_the_floor_has_the_networks_rows_of_a_step(method, quick_distillation):
         assert step.network_evaluations == spent
 
 
+def test_what_samples_faster_is_compared_at_equal_evaluations(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "EVALUATION_SAMPLES", 64)
+    small = ["--world", "compass", "--set", "budgets=3,6", "--set", "num_data=300", "--out", "r"]
+    assert run("teleport", *small) == 0
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert list(summary["before"]) == ["distance_3", "distance_6", "oracle_3", "oracle_6"]
+    assert summary["after"]["distance_3"] < summary["before"]["distance_3"] and "reward_queries" not in summary
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {
+        "run.json", "summary.json", "before_after.png", "curves.png"
+    }  # fmt: skip
+    assert "no jump" in capsys.readouterr().out
+    assert run("--resume", "r") == 2 and "teleport trains nothing" in capsys.readouterr().err
+
+
+def test_a_shaped_reward_runs_in_the_loop_of_another_and_resumes(tmp_path):
+    assert run("par", "--steps", 4, "--quiet", "--set", "num_prompts=16", "--set", "k=2", "--out", "whole") == 0
+    whole = json.loads((tmp_path / "whole/summary.json").read_text())
+    assert whole["config"]["k"] == 2 and whole["loop_config"]["num_prompts"] == 16
+    assert all(0 < row["reward"] < 1 for row in running.read_metrics(tmp_path / "whole/metrics.csv"))
+    assert run("par", "--steps", 2, "--quiet", "--set", "num_prompts=16", "--set", "k=2", "--out", "part") == 0
+    assert run("--resume", "part", "--steps", 4, "--quiet") == 0
+    assert json.loads((tmp_path / "part/summary.json").read_text())["after"] == whole["after"]
+
+
+def test_constrained_holds_two_rewards_of_the_command_line_and_resumes(tmp_path):
+    small = ["constrained", "--quiet", "--set", "num_prompts=16", "--out"]
+    assert run(*small, "whole", "--steps", 4) == 0 and run(*small, "part", "--steps", 2) == 0
+    assert run("--resume", "part", "--steps", 4, "--quiet") == 0
+    whole, part = (json.loads((tmp_path / f"{name}/summary.json").read_text()) for name in ("whole", "part"))
+    assert whole["reward"] == "fives,fours" and {"reward_0", "reward_1"} <= set(whole["after"])
+    assert part["after"] == whole["after"]
+
+
+def test_course_copy_hands_out_the_notebooks_and_overwrites_no_answers(tmp_path, capsys):
+    assert cli.main(["course", "copy", "mine"]) == 0
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert names == {f"{chapter.stem}.ipynb" for chapter in methods.CHAPTERS.values()}
+    assert cli.main(["course", "copy", "mine"]) == 2 and "already holds 00_tour.ipynb" in capsys.readouterr().err
+
+
 def test_pretrain_names_what_it_can_make(capsys):
     assert cli.main(["pretrain", "shape"]) == 2
     assert "did you mean 'shapes'?" in capsys.readouterr().err

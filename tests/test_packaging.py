@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,26 @@ def test_every_room_can_be_reached():
 def test_floors():
     done = subprocess.run(["lint-imports"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_every_module_has_its_floor():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    floors = {name.strip() for layer in contracts[0]["layers"] for name in layer.split("|")}
+    found = {
+        path.stem for path in (ROOT / "minialign").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert floors == {f"minialign.{name}" for name in found - {"__init__"}}
+
+
+def test_the_wheel_ships_the_notebooks_and_stays_small():
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    notebooks = [path for patterns in shipped.values() for pattern in patterns for path in ROOT.glob(pattern)]
+    assert {path.name for path in notebooks} == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    files = [
+        *notebooks,
+        *(path for path in (ROOT / "minialign").rglob("*") if path.is_file() and "__pycache__" not in path.parts),
+    ]
+    assert sum(len(zlib.compress(path.read_bytes())) for path in files) < 20 * 2**20
 
 
 def test_environment_yml_says_the_same_as_pyproject():

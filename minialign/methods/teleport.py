@@ -198,7 +198,7 @@ def latent_statistics(
 @dataclass(frozen=True)
 class Config(Settings):
     sigma_skip: Positive = 2.5  # the noise level sigma / alpha to jump to
-    num_steps: tuple[Count, ...] = (3, 5, 10, 20)  # network evaluations a sample, at which both are compared
+    budgets: tuple[Count, ...] = (3, 5, 10, 20)  # network evaluations a sample, at which both are compared
     rank: Count | None = None  # of the covariances; None: all eigenvectors
     num_data: Count = 4000  # real samples for the statistics, of all prompts together
 
@@ -224,7 +224,7 @@ def trial(world, config: Config, seed: int) -> Trial:
 
         return draw
 
-    return sampler_trial(world, drawn(math.inf), drawn(config.sigma_skip), config.num_steps, seed, ("no jump", "jump"))
+    return sampler_trial(world, drawn(math.inf), drawn(config.sigma_skip), config.budgets, seed, ("no jump", "jump"))
 
 
 def bench(device: str, dim: int = 64 * 64 * 3, rank: int = 512, num_images: int = 2000, batch: int = 64) -> dict:
