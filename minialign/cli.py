@@ -189,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     replicate = commands.add_parser("replicate", help="check a paper's claims in miniature")
     replicate.add_argument("name", nargs="?")
     replicate.add_argument("--out", help="store the verdict as JSON")
-    replicate.add_argument("--table", action="store_true", help="rewrite the tables of README.md and tests/claims/README.md")
+    replicate.add_argument("--table", action="store_true", help="rewrite the tables of both README.md")
     replicate.set_defaults(function=command_replicate)
 
     bench = commands.add_parser("bench", help="a method's step beside the bare network passes it cannot avoid")
