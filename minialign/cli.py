@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minialign.bench import command_bench
 from minialign.describe import command_methods
-from minialign.methods import CATALOGUE, catalogue_table, verdicts_table
+from minialign.methods import CATALOGUE, catalogue_table, parts_table, verdicts_table
 from minialign.prepare import UserError, nearest
 from minialign.recipes import BENCH_WORLDS, WORLDS
 from minialign.run import command_run
@@ -70,7 +70,7 @@ def command_replicate(args) -> int:
 
 
 def write_table(found: dict[str, Path]) -> None:
-    """Rewrites, from the stored verdicts, tests/claims/README.md (every bar) and README.md (maps, a line a method)."""
+    """Rewrites what follows from the stored verdicts and the catalogue: tables of both README.md, the tour's map."""
     lines = ["| paper | claim in miniature | measured | bar | verdict |", "|---|---|---|---|---|"]
     results = REPOSITORY / "tests" / "claims" / "results"
     for name in sorted(found):
@@ -84,14 +84,29 @@ def write_table(found: dict[str, Path]) -> None:
     write_between(REPOSITORY / "tests" / "claims" / "README.md", "results", "\n".join(lines))
     write_between(REPOSITORY / "README.md", "map", catalogue_table("notebooks/"))
     write_between(REPOSITORY / "README.md", "methods", verdicts_table(results))
+    for edition in ("solutions", "notebooks"):
+        write_tours_map(REPOSITORY / edition / "00_tour.ipynb")
     print("\n".join(lines))
 
 
-def write_between(path: Path, mark: str, text: str) -> None:
-    """Replaces what stands in a file between `<!-- mark -->` and `<!-- /mark -->`."""
-    head, rest = path.read_text().split(f"<!-- {mark} -->\n", 1)
+def between(whole: str, mark: str, text: str) -> str:
+    """`whole` with `text` in the place of what stands between `<!-- mark -->` and `<!-- /mark -->`."""
+    head, rest = whole.split(f"<!-- {mark} -->\n", 1)
     _, tail = rest.split(f"<!-- /{mark} -->", 1)
-    path.write_text(f"{head}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{tail}")
+    return f"{head}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{tail}"
+
+
+def write_between(path: Path, mark: str, text: str) -> None:
+    path.write_text(between(path.read_text(), mark, text))
+
+
+def write_tours_map(path: Path) -> None:
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = (cell for cell in notebook.cells if "<!-- map -->" in cell.source)
+    cell.source = between(cell.source, "map", parts_table())
+    nbformat.write(notebook, path)
 
 
 def command_course(args) -> int:
@@ -189,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     replicate = commands.add_parser("replicate", help="check a paper's claims in miniature")
     replicate.add_argument("name", nargs="?")
     replicate.add_argument("--out", help="store the verdict as JSON")
-    replicate.add_argument("--table", action="store_true", help="rewrite the tables of both README.md")
+    replicate.add_argument("--table", action="store_true", help="rewrite the tables and maps")
     replicate.set_defaults(function=command_replicate)
 
     bench = commands.add_parser("bench", help="a method's step beside the bare network passes it cannot avoid")

@@ -160,7 +160,31 @@ CHAPTERS = {
         ),
     )
 }  # fmt: skip
-ANNOUNCED = ("30",)  # numbers that chapters refer to, and that are still to come
+PARTS = {
+    "0": "foundations", "1": "RL on diffusion", "2": "preference optimisation", "3": "reward gradients",
+    "4": "steering at inference", "5": "reward models and language", "6": "personalisation", "7": "agents and tools",
+    "8": "domains", "9": "capstones",
+}  # fmt: skip
+# Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
+ANNOUNCED = {
+    "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
+    "13": "group-relative (GRPO)", "14": "PRDP", "15": "which noise", "16": "RAFT", "17": "DRAGON",
+    "20": "Diffusion-DPO", "21": "D3PO", "22": "INPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
+    "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
+    "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",
+    "60": "VPL", "61": "PAL", "62": "MiCRo", "63": "PPD", "70": "agents and tools",
+    "80": "video, inpainting, 3D, driving", "90": "for instructors", "91": "your own model", "92": "the leaderboard",
+}  # fmt: skip
+
+
+def parts_table() -> str:
+    """The tour's map in Markdown: a part of the course a line, what stands in it (linked) and what is to come."""
+    lines = ["| part | chapters | to come |", "|---|---|---|"]
+    for part, title in PARTS.items():
+        here = " · ".join(chapter_link(number) for number in CHAPTERS if number.startswith(part))
+        rest = [f"{n} {name}" for n, name in ANNOUNCED.items() if n.startswith(part) and n not in CHAPTERS]
+        lines.append(f"| **{part}x {title}** | {here} | {' · '.join(rest)} |")
+    return "\n".join(lines)
 
 
 def chapter_link(number: str, folder: str = "") -> str:
