@@ -387,11 +387,15 @@ def gather_everything(own: Tensor) -> Tensor:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum, on every process and on the tensor's own device; the tensor itself may be overwritten."""
     import torch.distributed as dist
+    from accelerate import PartialState
 
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    total = tensor.to(PartialState().device)  # NCCL takes nothing that is not on the GPU
+    dist.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def names_everywhere(names: list[str]) -> list[str]:

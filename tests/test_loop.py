@@ -220,3 +220,20 @@ def test_a_weight_that_no_process_differentiates_has_no_gradient(two_processes):
     """As in one process: a gradient of 0 instead of none would let weight decay and momentum move it."""
     first, second, idle = two_processes(TWO_PROCESSES)
     assert first.tolist() == [2, 2] and second.tolist() == [1, 1] and idle is None
+
+
+def test_sums_are_made_where_processes_can_talk(monkeypatch):
+    """NCCL takes no tensor of the CPU, where the scores of texts and their lengths are."""
+    from accelerate import PartialState
+
+    class Reached(Exception):
+        pass
+
+    def all_reduce(tensor):
+        raise Reached(tensor.device.type)
+
+    monkeypatch.setattr(PartialState(), "device", torch.device("meta"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(Reached, match="meta"):
+        loop.sum_over_processes(torch.ones(2))
