@@ -153,7 +153,6 @@ class Run:
         self.done = self.updates = 0
         self.costs = {"network_evaluations": 0, "reward_queries": 0}
         self._peak = [group["lr"] for group in optimizer.param_groups]
-        self._names: list[str] = []
         if resume is not None:
             self._load(resume)
 
@@ -167,8 +166,14 @@ class Run:
     def draw(self, prompts: Sequence[Hashable], num_prompts: int, group_size: int = 1, unit: int = 1) -> Batch:
         """A round of num_prompts prompts, drawn with replacement, group_size rows each, side by side.
 
-        Processes take turns with `unit` rows at a time: those that must stay on one of them.
+        Processes take turns with `unit` rows at a time: those that must stay on one of them. Raises ValueError if
+        there are too few for each process to have some, on all of them: none waits for another.
         """
+        if num_prompts * group_size // unit < num_processes():
+            raise ValueError(
+                f"a round has {num_prompts * group_size} rows, in units of {unit}, for {num_processes()} processes: "
+                "draw more, or start fewer processes."
+            )
         drawn = torch.randint(len(prompts), (num_prompts,), generator=self.generator)
         drawn = drawn.repeat_interleave(group_size).to(self.device)
         group = torch.arange(num_prompts, device=self.device).repeat_interleave(group_size)
@@ -225,6 +230,7 @@ class Run:
     def step(self, metrics: Mapping[str, Tensor | float], **costs: int) -> Step:
         """The round's report: means of what `backward` was told, then `metrics`, gradient norm and learning rate.
 
+        A round without an update has no such means, gradient norm 0 and learning rate 0.
         costs: of this round, on all processes together; network evaluations are counted here.
         """
         here = torch.tensor(self._evaluations() - self._evaluated, device=self.device)
@@ -233,7 +239,7 @@ class Run:
             self.costs[name] = self.costs.get(name, 0) + spent
         means = self._means()
         norms = torch.stack(self._norms or [torch.zeros((), device=self.device)])
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.optimizer.param_groups[0]["lr"] if self._norms else 0.0
         means |= dict(metrics) | {"grad_norm": norms.mean(), "learning_rate": rate}
         self.done += 1
         lap = time.perf_counter() - self._started
@@ -241,14 +247,13 @@ class Run:
 
     def _means(self) -> dict[str, Tensor]:
         """Weighted sums of the round over all processes, a mean over its updates. Some may have had no part in it."""
-        here = list(dict.fromkeys([*self._names, *(name for info in self._infos for name in info)]))
-        self._names = names_everywhere(here)
-        if not self._names:
+        names = names_everywhere(list(dict.fromkeys(name for info in self._infos for name in info)))
+        if not names:
             return {}
         zero = torch.zeros((), device=self.device)
-        sums = [torch.stack([zero, *(info[n] for info in self._infos if n in info)]).sum() for n in self._names]
+        sums = [torch.stack([zero, *(info[n] for info in self._infos if n in info)]).sum() for n in names]
         means = sum_over_processes(torch.stack(sums)) / max(1, len(self._norms))
-        return dict(zip(self._names, means, strict=True))
+        return dict(zip(names, means, strict=True))
 
     def _evaluations(self) -> int:
         return sum(policy.network_evaluations for policy in self.counts)
@@ -382,11 +387,15 @@ def gather_everything(own: Tensor) -> Tensor:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum, on every process and on the tensor's own device; the tensor itself may be overwritten."""
     import torch.distributed as dist
+    from accelerate import PartialState
 
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    total = tensor.to(PartialState().device)  # NCCL takes nothing that is not on the GPU
+    dist.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def names_everywhere(names: list[str]) -> list[str]:
@@ -401,12 +410,17 @@ def names_everywhere(names: list[str]) -> list[str]:
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Adds the gradients of all processes, in one message. Each must have divided its loss by the global batch size."""
+    """Adds the gradients of all processes, in one message. Each must have divided its loss by the global batch size.
+
+    A weight that has none on any process keeps none, as in one process: an optimizer does not touch it then.
+    """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = sum_over_processes(torch.cat([g.flatten() for g in gradients]))
-    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = gradient.view_as(p).to(p.dtype)
+    here = torch.tensor([p.grad is not None for p in parameters]).to(gradients[0])
+    flat = sum_over_processes(torch.cat([here, *(g.flatten() for g in gradients)]))
+    anywhere, *gradients = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for p, gradient, reached in zip(parameters, gradients, anywhere.tolist(), strict=True):
+        p.grad = gradient.view_as(p).to(p.dtype) if reached else None

@@ -176,3 +176,64 @@ def test_a_column_that_appears_later_is_nan_before_and_a_missing_one_is_named():
     assert history["kept"][1] == 3 and history["kept"][0] != history["kept"][0]
     with pytest.raises(KeyError, match="no column 'kepd'; there are: reward, kept"):
         history["kepd"]
+
+
+def test_a_round_without_an_update_reports_the_same_resumed_or_not():
+    """A mean over nothing is no number: its column is empty there; no step was taken, so its length is 0."""
+    weight, run = start(Config(warmup_updates=4))
+    for number in run.rounds():
+        if number == 0:
+            run.backward(weight.sum(), {"loss": torch.tensor(1.0)})
+            run.update()
+        step = run.step({})
+        checkpoint = checkpoint if number else step.checkpoint()
+    _, resumed = start(Config(warmup_updates=4), resume=checkpoint)
+    rows = [resumed.step({}).row() for _ in resumed.rounds()]
+    assert "loss" not in step.row() and rows[-1] | {"seconds": 0} == step.row() | {"seconds": 0}
+    assert rows[-1]["learning_rate"] == rows[-1]["grad_norm"] == 0
+
+
+def test_a_round_with_fewer_rows_than_processes_is_refused_by_all_of_them(monkeypatch):
+    """Those without rows would stop in the rollout, and the others wait for them for ever."""
+    _, run = start()
+    monkeypatch.setattr(loop, "num_processes", lambda: 3)
+    assert len(run.draw(["a"], 3, 2, unit=2)) == 6
+    with pytest.raises(ValueError, match="a round has 4 rows, in units of 2, for 3 processes"):
+        run.draw(["a"], 2, 2, unit=2)
+
+
+TWO_PROCESSES = """
+import torch
+from accelerate import PartialState
+from minialign import loop
+state = PartialState(cpu=True)
+first, second, idle = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+(first.sum() + (second.sum() if state.process_index == 1 else 0)).backward()
+loop.sum_gradients([first, second, idle])
+if state.is_main_process:
+    torch.save([p.grad for p in (first, second, idle)], {out!r})
+state.destroy_process_group()
+"""
+
+
+def test_a_weight_that_no_process_differentiates_has_no_gradient(two_processes):
+    """As in one process: a gradient of 0 instead of none would let weight decay and momentum move it."""
+    first, second, idle = two_processes(TWO_PROCESSES)
+    assert first.tolist() == [2, 2] and second.tolist() == [1, 1] and idle is None
+
+
+def test_sums_are_made_where_processes_can_talk(monkeypatch):
+    """NCCL takes no tensor of the CPU, where the scores of texts and their lengths are."""
+    from accelerate import PartialState
+
+    class Reached(Exception):
+        pass
+
+    def all_reduce(tensor):
+        raise Reached(tensor.device.type)
+
+    monkeypatch.setattr(PartialState(), "device", torch.device("meta"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(Reached, match="meta"):
+        loop.sum_over_processes(torch.ones(2))

@@ -101,12 +101,12 @@ class EMA:
 
 
 def guided_condition(policy, teacher, prompts: list, own: Tensor, config: Config, generator: torch.Generator):
-    """(the student's condition, the teacher's, g) of rows `own`: g drawn from the range, None if that is (1, 1)."""
+    """(the student's condition, the teacher's, g) of rows `own`: g drawn from the range, 1 if that is (1, 1)."""
     low, high = config.guidance_range
     own_prompts = [prompts[i] for i in own.tolist()]
     condition = policy.encode(own_prompts)
     if low == high == 1:
-        return condition, teacher.encode(own_prompts, guided=False), None
+        return condition, teacher.encode(own_prompts, guided=False), 1.0
     scale = low + (high - low) * torch.rand(len(prompts), generator=generator).to(policy.device)[own]
     return policy.with_guidance(condition, scale), teacher.encode(own_prompts, guided=True), scale
 

@@ -91,8 +91,10 @@ def round_advantages(rewards: Tensor, prompts: list, statistics: Statistics, con
         ids = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         group = torch.tensor([ids[prompt] for prompt in prompts], device=rewards.device)
         advantages = group_advantages(rewards, group, scale=config.scale_advantages)
+    elif config.scale_advantages:
+        advantages = whiten(rewards)
     else:
-        advantages = whiten(rewards) if config.scale_advantages else rewards - rewards.mean()
+        advantages = group_advantages(rewards, torch.zeros_like(rewards, dtype=torch.long), scale=False)
     return advantages.clamp(-config.advantage_clip, config.advantage_clip) if config.scale_advantages else advantages
 
 

@@ -106,7 +106,7 @@ def group_estimates(
         return group_advantages(scores, group)
     if kind == "rloo":
         return group_advantages(scores, group, scale=False) * group_size / (group_size - 1)
-    return scores - scores.mean()
+    return group_advantages(scores, torch.zeros_like(group), scale=False)
 
 
 def response_loss(policy, responses, rows: Tensor, batch: dict[str, Tensor], beta: float, config: Config):

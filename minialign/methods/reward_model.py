@@ -178,7 +178,7 @@ def batch_loss(model: RewardModel, pairs: Preferences, rows: Sequence[int], conf
 def pair_scores(model: RewardModel, pairs: Preferences, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Outputs (n, 2, heads) and numbers of tokens (n, 2) of the chosen and the rejected of pairs `rows`, maybe none."""
     if not rows:
-        nothing = model.network.score.weight.sum() * 0  # a process without a pair takes part, with a gradient of 0
+        nothing = model.network.score.weight.float().sum() * 0  # takes part, with a gradient of 0
         return nothing.expand(0, 2, len(model.network.score.weight)), torch.zeros(0, 2)
     prompts = [pairs.prompts[i] for i in rows]
     batch = model.tokenize(prompts * 2, [pairs.chosen[i] for i in rows] + [pairs.rejected[i] for i in rows])

@@ -204,6 +204,24 @@ def test_costs_and_metrics():
     assert not torch.equal(weights, trained(dataclasses.replace(config, metric="huber"))[0])
 
 
+def test_a_range_of_one_is_no_guidance_even_of_a_teacher_that_samples_with_some():
+    """A wrapped pipeline's own scale is 5: the range says what is distilled, and (1, 1) is the default."""
+
+    def weights(guidance_scale):
+        world, teacher, student = digits_pair()
+        teacher.guidance_scale = guidance_scale
+
+        def latents(n, generator):
+            images, prompts = world.real(n, generator)
+            return 2 * images - 1, prompts
+
+        step = next(cd.train(student, teacher, latents, cd.Config(num_iterations=1, batch_size=4)))
+        assert step.network_evaluations == 4 * (3 + 1 + 1)
+        return torch.cat([p.detach().flatten() for p in student.network.parameters()])
+
+    assert torch.equal(weights(1.0), weights(5.0))
+
+
 def test_impossible_settings_are_refused():
     world, teacher, student = digits_pair()
 

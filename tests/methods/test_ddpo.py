@@ -134,3 +134,12 @@ def test_impossible_settings_are_refused():
         next(ddpo.train(world.policy, distance, [], SMALL))
     with pytest.raises(ValueError, match="eta = 0"):
         next(ddpo.train(worlds.load("compass", eta=0.0).policy, distance, world.prompts, SMALL))
+
+
+@pytest.mark.parametrize("baseline", ["prompt", "group", "batch"])
+@pytest.mark.parametrize("scale", [True, False])
+def test_equal_rewards_have_no_advantage_at_all(baseline, scale):
+    """Exactly none: .3 less its mean in float32 is 3e-8, which Adam would make steps of full length of."""
+    config = dataclasses.replace(SMALL, baseline=baseline, scale_advantages=scale)
+    advantages = ddpo.round_advantages(torch.full((14,), 0.3), ["a", "b"] * 7, Statistics(last=64), config)
+    assert torch.equal(advantages, torch.zeros(14))

@@ -185,3 +185,10 @@ def test_refusals(changes, message):
     policy, _, reward = world()
     with pytest.raises(ValueError, match=message):
         next(ppo.train(policy, reward, ["?"], dataclasses.replace(SMALL, **changes)))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "reinforce"])
+def test_equal_scores_have_no_advantage_at_all(kind):
+    """Exactly none: .3 less its mean in float32 is 3e-8, which Adam would make steps of full length of."""
+    group = torch.arange(7).repeat_interleave(2)
+    assert torch.equal(ppo.group_estimates(torch.full((14,), 0.3), group, kind, 2), torch.zeros(14))

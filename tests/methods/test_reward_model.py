@@ -142,3 +142,11 @@ def test_refusals(tokenizer):
     same = ["a", "a"]
     with pytest.raises(ValueError, match="same score"):
         model.normalise(same, ["h", "h"])
+
+
+def test_a_process_without_a_pair_has_outputs_of_the_others_kind(tokenizer):
+    """Processes add their outputs up: another precision would be an error, or other numbers, in the sum."""
+    model = RewardModel(network().bfloat16(), tokenizer)
+    (some, tokens), (none, no_tokens) = (reward_model.pair_scores(model, preferences(4), rows) for rows in ([1], []))
+    assert some.dtype == none.dtype and tokens.dtype == no_tokens.dtype
+    assert some.shape[1:] == none.shape[1:] and none.shape[0] == 0 and none.requires_grad

@@ -61,7 +61,7 @@ def test_truncation_is_exact(kept):
 
 @pytest.mark.parametrize("subset", [(2,), (0,), (4,), (1, 3), (0, 2, 3), tuple(range(5))])
 def test_any_subset(subset):
-    """Behind the first graphed step the state passes through A (graphed) or through C = sqrt(a'/a) - k sqrt... alone:
+    """Behind the first graphed step the state passes through A (graphed) or through C alone:
     with the network's output constant, dx'/dx = d mean / d denoised / sqrt(a) = sqrt(a' / a)."""
     policy, exact = line(eta=0.6)
     plain = (exact.alpha_bar_next / exact.alpha_bar).sqrt()
