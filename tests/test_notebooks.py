@@ -20,7 +20,7 @@ import torch
 from minialign.course.check import registered
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 90  # seconds of CPU a notebook, on one thread; aim at 30. Wall time would judge the machine's other work, too
+LIMIT = 120  # seconds of CPU a notebook, on one thread (a busy machine inflates them by half); aim at 30
 YARDSTICK = 0.3  # seconds of CPU for `slowness`'s work where LIMIT was set
 
 
