@@ -70,7 +70,7 @@ def language_seconds(policy, prompts: list[str], *, length: int, forward: list[i
     """
     import torch
 
-    from minialign.policies.language import cache_name, named_inputs
+    from minialign.policies.architectures import cache_name, named_inputs
 
     prompt_tokens, _ = policy.encode([prompts[i % len(prompts)] for i in range(max(forward))])
     size, seed = (len(prompt_tokens), length), torch.Generator().manual_seed(0)

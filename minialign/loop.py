@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minialign.rewards import load_states, states, within
+
 
 @dataclass(frozen=True)
 class Step:
@@ -149,7 +151,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device
-        self.kept = {name: value for name, value in kept.items() if hasattr(value, "tensors")}
+        self.kept = kept
         self.done = self.updates = 0
         self.costs = {"network_evaluations": 0, "reward_queries": 0}
         self._peak = [group["lr"] for group in optimizer.param_groups]
@@ -262,27 +264,18 @@ class Run:
         """The checkpoint: copies of weights, optimizer moments and random state, counts, and what is kept."""
         tensors = pack(self.parameters, self.optimizer, self.generator, number=self.done, updates=self.updates)
         tensors |= {f"cost.{name}": torch.tensor(total) for name, total in self.costs.items()}
-        for name, value in self.kept.items():
-            tensors |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in value.tensors().items()}
-        return tensors
+        return tensors | states(self.kept)
 
     def _load(self, resume: Mapping[str, Tensor]) -> None:
         counts = unpack(resume, self.parameters, self.optimizer, self.generator)
         self.done, self.updates = counts["number"], counts["updates"]
-        self.costs |= within(resume, "cost", int)
-        for name, value in self.kept.items():
-            value.load(within(resume, name))
+        self.costs |= {name: int(total) for name, total in within(resume, "cost").items()}
+        load_states(self.kept, resume)
 
 
 def reward_metrics(rewards: Tensor) -> dict[str, Tensor]:
     """Mean and population std of a round's rewards."""
     return {"reward": rewards.mean(), "reward_std": rewards.std(correction=0)}
-
-
-def within(tensors: Mapping[str, Tensor], name: str, convert: Callable = lambda tensor: tensor) -> dict[str, Any]:
-    """What a checkpoint holds under `name.`."""
-    prefix = f"{name}."
-    return {key.removeprefix(prefix): convert(value) for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _likeliest(run: Run) -> str:
@@ -311,6 +304,11 @@ def pack(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, gener
 
 def unpack(tensors: dict[str, Tensor], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, generator):
     """Puts back what `pack` took; returns the counters. Raises ValueError if the weights have other shapes."""
+    if f"parameter.{len(parameters)}" in tensors:
+        raise ValueError(
+            f"the checkpoint does not fit this policy: it has more than the {len(parameters)} tensors that are trained "
+            "here. Was it made with another LoRA rank, with a critic, or with all weights?"
+        )
     for i, p in enumerate(parameters):
         saved = tensors.get(f"parameter.{i}")
         if saved is None or saved.shape != p.shape:

@@ -3,7 +3,7 @@
     checked          what every loop calls instead of the reward itself: refuses wrong shapes, nan, lists, and says why
     jpeg_size        kilobytes after JPEG coding; compressibility, incompressibility: two of DDPO's rewards
     clip_scorer      cosine similarity under any transformers CLIPModel; gradients flow into the images
-    weighted_sum     several rewards as one, with the terms kept apart for plotting; saturated: near enough of each
+    weighted_sum     several rewards as one, with the terms kept apart for plotting; Saturated: near enough of each
 
     checked_set      the border of a reward of a *set*: reward(samples, prompts) -> one number for all of them together
     frechet_to, mmd_to, vendi    such rewards: how near a set is to exemplars, how diverse it is
@@ -34,6 +34,24 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 class RewardError(ValueError):
     """A reward broke its contract; the message names the reward, the offending samples and the likeliest cause."""
+
+
+def states(named: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{name.key: tensor} of those things that have a state (`tensors()`), for a checkpoint; the others are left out."""
+    kept = {name: value.tensors() for name, value in named.items() if hasattr(value, "tensors")}
+    return {f"{name}.{key}": tensor.detach().clone() for name, part in kept.items() for key, tensor in part.items()}
+
+
+def load_states(named: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Gives each thing that has a state what `states` took of it (`load(tensors)`)."""
+    for name, value in named.items():
+        if hasattr(value, "tensors"):
+            value.load(within(tensors, name))
+
+
+def within(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What stands in a checkpoint under `name.`."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def name_of(reward: Reward) -> str:
@@ -289,6 +307,12 @@ class WeightedSum:
         terms = self.terms(samples, prompts)
         return sum(weight * terms[name] for name, weight in self.weights.items())
 
+    def tensors(self) -> dict[str, Tensor]:
+        return states(self.rewards)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        load_states(self.rewards, tensors)
+
 
 def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float | int]) -> WeightedSum:
     """One reward out of several, e.g. `weighted_sum(world.rewards, {"ink": 1.0, "symmetric": 0.5})`.
@@ -303,14 +327,22 @@ def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float | in
     return WeightedSum(dict(rewards), dict(weights))
 
 
-def saturated(rewards: Sequence[Callable], thresholds: Sequence[float]) -> Callable:
+@dataclass(frozen=True)
+class Saturated:
     """PPO-SAT's reward: -sum_i (r_i - theta_i)^2 of each sample. It also pays for a small variance."""
 
-    def saturation(samples, prompts) -> Tensor:
-        scores = (checked(reward, samples, prompts) for reward in rewards)
-        return -sum((score - theta) ** 2 for score, theta in zip(scores, thresholds, strict=True))
+    rewards: Sequence[Reward]
+    thresholds: Sequence[float | int]
 
-    return saturation
+    def __call__(self, samples: Tensor | Sequence, prompts: Sequence[Hashable]) -> Tensor:
+        scores = (checked(reward, samples, prompts) for reward in self.rewards)
+        return -sum((score - theta) ** 2 for score, theta in zip(scores, self.thresholds, strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return states({str(i): reward for i, reward in enumerate(self.rewards)})
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        load_states({str(i): reward for i, reward in enumerate(self.rewards)}, tensors)
 
 
 # ---------------------------------------------------------------------------------------------- CLIP

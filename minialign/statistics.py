@@ -18,6 +18,21 @@ from torch import Tensor
 from minialign.kernels import at_least_float32
 
 
+def key_of(name: Hashable) -> str:
+    """What a name is kept under: a string as it is, anything else by its type and repr.
+
+    Raises ValueError for a repr that a later process would not give again: an object's address, a frozenset's order.
+    """
+    if isinstance(name, str):
+        return name
+    if type(name).__repr__ is object.__repr__ or isinstance(name, frozenset):
+        raise ValueError(
+            f"prompt {name!r} has no name that outlives this process; use a string, a number, a tuple of those, or a "
+            "frozen dataclass."
+        )
+    return f"{type(name).__name__} {name!r}"
+
+
 @dataclass(frozen=True)
 class Moments:
     """Of the rewards of each name, (names,), or of all together, (); `moments[index]` picks names."""
@@ -77,8 +92,8 @@ class Moments:
 class Statistics:
     """Rewards by name. last: how many of each name are remembered; rounds: how many rounds, the current one included.
 
-    Neither: everything is. They are kept in float64 on the CPU. Names are any hashable; one that is no string goes by
-    its repr.
+    Neither: everything is. They are kept in float64 on the CPU. Names are any hashable, see
+    `key_of`.
     """
 
     def __init__(self, last: int | None = None, rounds: int | None = None):
@@ -90,8 +105,9 @@ class Statistics:
 
     def update(self, names: Sequence[Hashable], rewards: Float[Tensor, "n"]) -> Moments:
         """Takes a round in, forgets what is too old, and gives the moments of each row's name, (n,), on the CPU."""
-        keys = [name if isinstance(name, str) else repr(name) for name in names]
-        rows = torch.tensor([self.names.setdefault(key, len(self.names)) for key in keys], dtype=torch.long)
+        keys = {name: key_of(name) for name in dict.fromkeys(names)}
+        rows = [self.names.setdefault(keys[name], len(self.names)) for name in names]
+        rows = torch.tensor(rows, dtype=torch.long)
         self.index = torch.cat([self.index, rows])
         self.rewards = torch.cat([self.rewards, rewards.detach().double().cpu()])
         self.age = torch.cat([self.age + 1, torch.zeros_like(rows)])

@@ -179,13 +179,13 @@ LOOPS = {
         dict(rows_per_pass=5, steps_per_pass=2), ONCE, None,
     ),
     "rwr": Loop(
-        on_compass(rwr), rwr.Config(num_iterations=3, batch_size=15, num_updates=3, minibatch_size=8), still=None
+        on_compass(rwr), rwr.Config(num_iterations=3, batch_size=15, num_updates=4, minibatch_size=2), still=None
     ),
     "distillation": Loop(
         distillation_start, distillation.Config(num_iterations=3, batch_size=15, learning_rate=1e-3), still=None
     ),
     "reward model": Loop(
-        classifier_start(1), reward_model.Config(batch_size=8, learning_rate=1e-2), still=None
+        classifier_start(1), reward_model.Config(batch_size=11, learning_rate=1e-2), still=None
     ),
     "reward model, ODIN": Loop(
         classifier_start(2), reward_model.Config(batch_size=8, learning_rate=1e-2, odin=True), still=None

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from minialign import loop
+from minialign import loop, rewards
+from minialign.methods import par
 
 
 def steps(n):
@@ -237,3 +238,47 @@ def test_sums_are_made_where_processes_can_talk(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     with pytest.raises(Reached, match="meta"):
         loop.sum_over_processes(torch.ones(2))
+
+
+def test_a_checkpoint_with_more_weights_than_are_trained_is_refused():
+    first, second = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    both, one = torch.optim.SGD([first, second], lr=0.1), torch.optim.SGD([first], lr=0.1)
+    checkpoint = loop.Run(Config(), both).tensors()
+    with pytest.raises(ValueError, match="it has more than the 1 tensors that are trained here"):
+        loop.Run(Config(), one, resume=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda shaped: rewards.weighted_sum({"shaped": shaped}, {"shaped": 2.0}),
+        lambda shaped: rewards.Saturated([shaped], [0.5]),
+        lambda shaped: par.Shaped(shaped, config=par.Config("sigmoid")),
+    ],
+    ids=["weighted sum", "saturated", "shaped"],
+)
+def test_a_reward_inside_another_keeps_its_state(wrap):
+    def plain(samples, prompts):
+        return samples[:, 0]
+
+    def fresh():
+        return wrap(par.Shaped(plain, config=par.Config("meanstd")))
+
+    def kept(reward):
+        return start(reward=reward)[1].tensors()
+
+    reward, prompts = fresh(), [""] * 3
+    reward(torch.tensor([[1.0], [2.0], [6.0]]), prompts)
+    again = fresh()
+    start(reward=again, resume=kept(reward))
+    samples = torch.tensor([[0.0], [5.0], [1.0]])
+    torch.testing.assert_close(again(samples, prompts), reward(samples, prompts))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(fresh()(samples, prompts), reward(samples, prompts))
+
+
+def test_statistics_that_a_checkpoint_does_not_hold_stay_as_they_are():
+    references = {"a": torch.tensor([1.0, 3.0])}
+    shaped = par.Shaped(lambda samples, prompts: samples, references, par.Config("clip", freeze=True))
+    shaped.load({})
+    assert float(shaped.statistics.mean) == 2

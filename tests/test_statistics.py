@@ -75,3 +75,11 @@ def test_a_resumed_memory_belongs_to_the_names_not_to_their_order(tmp_path, limi
     names, rewards = [("c", 1), "new", "a"], f64(7, 8, 9)  # another order, one gone, one new
     ours, theirs = after.update(names, rewards), before.update(names, rewards)
     assert torch.equal(ours.mean, theirs.mean) and ours.mean.tolist() == [5, 8, 5] and ours.count.tolist() == [2, 1, 2]
+
+
+def test_names_are_told_apart_by_kind_and_outlive_the_process():
+    statistics = Statistics()
+    assert statistics.update([1, "1", (1,)], f64(1, 2, 3)).count.tolist() == [1, 1, 1]
+    for name in (object(), frozenset("ab")):
+        with pytest.raises(ValueError, match="no name that outlives this process"):
+            statistics.update([name], f64(1))

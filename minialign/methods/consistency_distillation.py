@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from minialign.evaluate import Trial, from_pure_noise, sampler_trial, walk
 from minialign.kernels import at_least_float32, expand_as, predict
-from minialign.loop import Run, Step, own_rows
+from minialign.loop import Run, Step, num_processes, own_rows
 from minialign.settings import Count, Fraction, Limit, NonNegative, Number, Positive, Settings
 
 
@@ -136,6 +136,10 @@ def distillation_loss(
 
 def check(policy, teacher, config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
+    if config.batch_size < num_processes():
+        raise ValueError(
+            f"batch_size is {config.batch_size} for {num_processes()} processes; each needs a sample: raise it."
+        )
     low, high = config.guidance_range
     if not low <= high:
         raise ValueError(f"guidance_range is ({low}, {high}); expected (lowest g, highest g), (1, 1) for no guidance.")

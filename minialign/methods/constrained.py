@@ -6,7 +6,7 @@ base model, each reward is a constraint, and the Lagrange multipliers, learned b
 one would have had to guess. They change as training goes.
 
     PPO       sum_i w_i r_i - beta KL                          variant "fixed" on rewards.weighted_sum
-    PPO-SAT   -sum_i (r_i - theta_i)^2 per episode - beta KL   variant "fixed" on rewards.saturated
+    PPO-SAT   -sum_i (r_i - theta_i)^2 per episode - beta KL   variant "fixed" on rewards.Saturated
     mu-PPO    max -KL, v_i >= theta_i, l = sigmoid(mu)         variant "mu"
     xi-PPO    max -KL, v_i = theta_i, l = tanh(xi)             variant "xi"
     All-PPO   max sum_i v_i - KL, v_i <= theta_i               variant "all"
@@ -54,9 +54,6 @@ from minialign.loop import Batch, Run, Step
 from minialign.methods.ddpo import default_clip_range
 from minialign.policies.episodes import Episodes, denoise, respond
 from minialign.rewards import checked
-from minialign.rewards import saturated as saturated  # the paper's, where its readers look for them
-from minialign.search import fit_proxy_points as fit_proxy_points
-from minialign.search import nelder_mead as nelder_mead
 from minialign.settings import Count, Fraction, Limit, NonNegative, Number, Positive, Settings
 
 
@@ -222,7 +219,7 @@ def check(policy, rewards: Sequence[Callable], prompts: Sequence[str], config: C
     if config.variant == "fixed" and (len(rewards) != 1 or config.thresholds):
         raise ValueError(
             f"variant 'fixed' takes one reward and no thresholds, not {len(rewards)} and {len(config.thresholds)}: "
-            "pass [rewards.weighted_sum(...)] or [saturated(rewards, thresholds)]."
+            "pass [rewards.weighted_sum(...)] or [Saturated(rewards, thresholds)]."
         )
     if config.variant != "fixed" and (len(config.thresholds) != len(rewards) or not rewards):
         raise ValueError(

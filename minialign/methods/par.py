@@ -29,7 +29,7 @@ from torch.nn.functional import logsigmoid
 
 from minialign.kernels import at_least_float32
 from minialign.loop import gather_everything
-from minialign.rewards import checked, name_of
+from minialign.rewards import checked, load_states, name_of, states, within
 from minialign.settings import Count, NonNegative, Number, Positive, Settings
 from minialign.statistics import Moments
 
@@ -171,11 +171,15 @@ class Shaped:
         return shape_reward(rewards, refs, replace(self.config, length_limit=None), self.statistics)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The running statistics, for a run's checkpoint."""
-        return {} if self.statistics is None else self.statistics.tensors()
+        """The running statistics, and the state of the reward that is shaped, for a run's checkpoint."""
+        own = {} if self.statistics is None else {"statistics": self.statistics}
+        return states(own | {"reward": self.reward})
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.statistics = Moments(**tensors) if tensors else None
+        """Statistics that a checkpoint does not hold stay as they are."""
+        load_states({"reward": self.reward}, tensors)
+        if found := within(tensors, "statistics"):
+            self.statistics = Moments(**found)
 
     def _rows(self, prompts: Sequence[str]) -> Float[Tensor, "b m"]:
         unknown = next((prompt for prompt in prompts if prompt not in self.references), None)

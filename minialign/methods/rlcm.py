@@ -20,6 +20,7 @@ As in neither: REBEL's log-ratios are summed within each sample (the code sums o
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +83,16 @@ def round_loss(policy, traj, rows: Tensor, advantages: Tensor, clip_range: float
     return loss.mean(), means(info)
 
 
+@contextmanager
+def terminal_noise(policy, std: float | int) -> Iterator[None]:
+    """The policy's terminal_std is `std` inside, and as before behind, whatever happens."""
+    usual, policy.terminal_std = policy.terminal_std, std
+    try:
+        yield
+    finally:
+        policy.terminal_std = usual
+
+
 def check(policy, prompts: list[str], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
     most = policy.num_steps - (config.terminal_std == 0)
@@ -105,33 +116,29 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     Under `torchrun` each process rolls out and differentiates its own share of every round. The policy's
     terminal_std is the config's while training, and as before at the end of each round.
     """
-    usual, policy.terminal_std = policy.terminal_std, config.terminal_std
-    try:
+    with terminal_noise(policy, config.terminal_std):
         check(policy, prompts, config)
-    finally:
-        policy.terminal_std = usual
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     statistics = Statistics(last=config.buffer_size)
     run = Run(config, optimizer, generator, resume, [policy], statistics=statistics, reward=reward)
     clip_range, pair = clip_range_of(policy, config), 2 if config.objective == "rebel" else 1
     for number in run.rounds():
-        policy.terminal_std = config.terminal_std
-        batch = run.draw(prompts, config.num_prompts, config.group_size, unit=pair)
-        with torch.no_grad():
-            noise = policy.draw_noise(len(batch), run.generator, rows=batch.own)
-            traj = policy.rollout(batch.own_prompts, noise, reduction=config.reduction)
-            rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
-            advantages = prompt_advantages(statistics, batch.prompts, rewards, config.min_count)[batch.own]
-            advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        with terminal_noise(policy, config.terminal_std):
+            batch = run.draw(prompts, config.num_prompts, config.group_size, unit=pair)
+            with torch.no_grad():
+                noise = policy.draw_noise(len(batch), run.generator, rows=batch.own)
+                traj = policy.rollout(batch.own_prompts, noise, reduction=config.reduction)
+                rewards = batch.gather(checked(reward, policy.decode(traj.final), batch.own_prompts))
+                advantages = prompt_advantages(statistics, batch.prompts, rewards, config.min_count)[batch.own]
+                advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
-        progress = 1 - (1 - config.final_lr_fraction) * number / config.num_iterations
-        pairs = torch.arange(len(batch), device=policy.device).view(-1, pair)
-        for mini in run.minibatches(pairs, config.num_minibatches, batch.own):
-            if len(mini.rows):
-                loss, info = round_loss(policy, traj, mini.rows.T.flatten(), advantages, clip_range, config)
-                run.backward(loss, info, mini.share)
-            run.update(progress)
-        policy.terminal_std = usual
+            progress = 1 - (1 - config.final_lr_fraction) * number / config.num_iterations
+            pairs = torch.arange(len(batch), device=policy.device).view(-1, pair)
+            for mini in run.minibatches(pairs, config.num_minibatches, batch.own):
+                if len(mini.rows):
+                    loss, info = round_loss(policy, traj, mini.rows.T.flatten(), advantages, clip_range, config)
+                    run.backward(loss, info, mini.share)
+                run.update(progress)
 
         yield run.step(reward_metrics(rewards), reward_queries=len(batch))
 

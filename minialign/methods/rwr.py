@@ -64,14 +64,6 @@ def top_weights(rewards: Tensor, group: Tensor, keep: float, tiebreak: Tensor) -
     return (rank < kept[group]).to(rewards.dtype) / kept[group]
 
 
-def regression_loss(policy, traj, rows: Tensor, here: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean denoising error of trajectories `rows`, those `here` of a minibatch whose levels and noise are all drawn."""
-    levels = policy.draw_levels(len(here), generator)[here]
-    shape = (len(here), *traj.final.shape[1:])
-    noise = torch.randn(shape, generator=generator, dtype=traj.final.dtype).to(policy.device)[here]
-    return policy.training_error(traj.final[rows], levels, noise, traj.condition[rows], reduction="mean").mean()
-
-
 def train(policy, reward, prompts, config=Config(), generator=None, resume=None) -> Iterator[Step]:
     """Trains `policy` in place; yields a `Step` a round. generator: a CPU torch.Generator (seed 0 if None).
 
@@ -95,10 +87,15 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
         for _ in range(config.num_updates):
             drawn = torch.multinomial(weights.cpu(), config.minibatch_size, replacement=True, generator=run.generator)
             drawn = drawn.to(policy.device)
+            levels = policy.draw_levels(len(drawn), run.generator)
+            shape = (len(drawn), *traj.final.shape[1:])
+            noise = torch.randn(shape, generator=run.generator, dtype=traj.final.dtype).to(policy.device)
             here = torch.isin(drawn, batch.own)
-            rows = torch.searchsorted(batch.own, drawn[here])
-            loss = regression_loss(policy, traj, rows, here, run.generator)
-            if len(rows):
-                run.backward(loss, {"loss": loss}, len(rows) / len(drawn))
+            if here.any():
+                rows = torch.searchsorted(batch.own, drawn[here])
+                error = policy.training_error(
+                    traj.final[rows], levels[here], noise[here], traj.condition[rows], reduction="mean"
+                )
+                run.backward(error.mean(), {"loss": error.mean()}, len(rows) / len(drawn))
             run.update()
         yield run.step(reward_metrics(rewards), reward_queries=len(batch))

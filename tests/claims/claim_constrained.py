@@ -25,7 +25,7 @@ from scipy.optimize import minimize
 from minialign import exact, search, worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import constrained
-from minialign.rewards import saturated, weighted_sum
+from minialign.rewards import Saturated, weighted_sum
 from minialign.worlds import tokens
 
 SEEDS = 5  # worlds 1 to 5; world 0 is for tuning
@@ -135,7 +135,7 @@ def method_run(method: str, seed: int) -> dict:
     if method in FIXED:
         run.weighted(FIXED[method], beta=0.02)
     elif method.startswith("sat"):
-        reward = saturated(run.rewards, THETA)
+        reward = Saturated(run.rewards, THETA)
         run.train(ROUNDS, [reward], variant="fixed", beta=float(method.split()[1]))
     else:
         run.train(ROUNDS, thresholds=THETA, **CONSTRAINED[method])

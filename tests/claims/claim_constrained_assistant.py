@@ -24,7 +24,7 @@ from claim_b2diffurl import bar
 from minialign import search, worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import constrained, reward_model
-from minialign.rewards import saturated, weighted_sum
+from minialign.rewards import Saturated, weighted_sum
 from minialign.worlds import assistant
 
 SEEDS = 5
@@ -92,7 +92,7 @@ def train_run(models: dict, method: str, seed: int, theta=None, rounds: int = RO
     if method.startswith("PPO"):
         name, _, beta = method.partition(", beta ")
         weights = dict(zip(NAMES, ALONE.get(name, ALONE["PPO"]), strict=True))
-        rewards = [saturated(rewards, theta) if name == "PPO-SAT" else
+        rewards = [Saturated(rewards, theta) if name == "PPO-SAT" else
                    weighted_sum(dict(zip(NAMES, rewards, strict=True)), weights)]  # fmt: skip
         config = constrained.Config(variant="fixed", beta=float(beta or BETA), num_iterations=rounds, **SETTINGS)
     else:

@@ -195,8 +195,9 @@ def test_the_ratio_starts_at_one_and_the_prefix_gets_no_gradient():
 
 def test_steps_outside_every_window_stay_at_zero():
     for name in ("official", "pairwise", "independent"):
-        config = dataclasses.replace(SMALL, last_window=3, **VARIANTS[name])
-        weight = trained(config, seed=1, residual="per_step_linear").view(5, -1)
+        kept = dict(positive_threshold=0.0, negative_threshold=0.0)  # all have something to learn from
+        config = dataclasses.replace(SMALL, last_window=3, num_prompts=18, **kept | VARIANTS[name])
+        weight = trained(config, residual="per_step_linear").view(5, -1)
         assert (weight[:2] == 0).all() and (weight[2:] != 0).any(), name
 
 

@@ -19,7 +19,7 @@ from minialign.methods.constrained import (
     squashed,
 )
 from minialign.policies.episodes import Episodes
-from minialign.rewards import compressibility, saturated, weighted_sum
+from minialign.rewards import Saturated, compressibility, weighted_sum
 from minialign.worlds import tokens
 
 ZERO = torch.zeros(2)
@@ -371,7 +371,7 @@ def test_baselines_are_rewards_and_shaping_composes():
     texts = ["5 5 4 0", "0 1 2 3"]
     scores = [reward(texts, place.prompts * 2) for reward in rewards]
     expected = -((scores[0] - 0.5) ** 2) - (scores[1] - 0.4) ** 2
-    torch.testing.assert_close(saturated(rewards, (0.5, 0.4))(texts, place.prompts * 2), expected)
+    torch.testing.assert_close(Saturated(rewards, (0.5, 0.4))(texts, place.prompts * 2), expected)
     references = {place.prompts[0]: torch.tensor([0.1, 0.3])}
     shaped = [par.Shaped(reward, references) for reward in rewards]
     config = Config(thresholds=(0.52, 0.51), num_iterations=2, num_prompts=8, **TABLE)

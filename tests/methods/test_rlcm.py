@@ -113,6 +113,17 @@ def test_the_learning_rate_falls_to_two_thirds():
     torch.testing.assert_close(reduced, 0.75 * full, atol=1e-12, rtol=1e-6)  # 1 - .5 / 2, half-way
 
 
+def test_a_round_that_fails_leaves_the_policy_as_it_was():
+    world, policy = student()
+
+    def broken(samples, prompts):
+        raise RuntimeError
+
+    with pytest.raises(ValueError, match="raised RuntimeError"):
+        next(rlcm.train(policy, broken, world.prompts, dataclasses.replace(SMALL, terminal_std=0.1)))
+    assert policy.terminal_std == 0
+
+
 def test_impossible_settings_are_refused():
     world, policy = student()
     for change, message in [
