@@ -317,7 +317,8 @@ def unpack(tensors: dict[str, Tensor], parameters: list[nn.Parameter], optimizer
                 f"the checkpoint has {None if saved is None else tuple(saved.shape)}. "
                 "Was it made with another LoRA rank or another world?"
             )
-        p.data.copy_(saved)
+    for i, p in enumerate(parameters):  # all of them fit: nothing is left half-loaded
+        p.data.copy_(tensors[f"parameter.{i}"])
         prefix = f"optimizer.{i}."
         moments = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
         if moments:

@@ -5,11 +5,11 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from minialign import recipes
 from minialign.methods import CATALOGUE, Method
-from minialign.settings import Count, Natural, Range, annotations, parse
+from minialign.settings import Count, Natural, NonNegative, annotations, parse
 
 
 class UserError(Exception):
@@ -57,8 +57,8 @@ def policy_kind(method: Method, world: str) -> str:
 # How a world's policy is sampled and what it trains; the methods' own settings check themselves.
 WORLD_SETTINGS = {
     "num_steps": Count,
-    "eta": Annotated[float, Range(0)],  # worlds take no whole number for it
-    "guidance_scale": Annotated[float, Range(0)],
+    "eta": NonNegative,
+    "guidance_scale": NonNegative,
     "lora_rank": Natural,
     "kind": str,
 }

@@ -248,6 +248,17 @@ def test_a_checkpoint_with_more_weights_than_are_trained_is_refused():
         loop.Run(Config(), one, resume=checkpoint)
 
 
+def test_a_checkpoint_that_does_not_fit_leaves_every_weight_as_it_was():
+    def run(last, resume=None):
+        weights = [torch.nn.Parameter(torch.full(shape, float(last))) for shape in ((2,), (last,))]
+        return weights, lambda: loop.Run(Config(), torch.optim.SGD(weights, lr=0.1), resume=resume)
+
+    weights, resumed = run(3, resume=run(4)[1]().tensors())
+    with pytest.raises(ValueError, match=r"trainable tensor 1 is \(3,\), the checkpoint has \(4,\)"):
+        resumed()
+    assert weights[0].tolist() == [3, 3]
+
+
 @pytest.mark.parametrize(
     "wrap",
     [

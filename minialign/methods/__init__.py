@@ -28,9 +28,9 @@ Kind = Literal["trains", "shapes rewards", "learns a reward", "samples faster", 
 class Method:
     """What is known of a method without loading it.
 
-    policies: kinds of policy that it works on, of which a world offers some. world: where to try it first. claims:
-    its replications, tests/claims/claim_NAME.py. loop: the method in whose loop it runs, if it has none of its own.
-    several_rewards: its `train` takes a list of them.
+    policies: kinds of policy that it works on, of which a world offers some. world: where to try it first. claims: its
+    replications, tests/claims/claim_NAME.py; none, if it is measured in another's alone. loop: the method in whose loop
+    it runs, if it has none of its own. several_rewards: its `train` takes a list of them.
     """
 
     name: str
@@ -87,7 +87,7 @@ CATALOGUE = {
         ),
         Method(
             name="rwr", title="Reward-weighted regression", authors="Black et al.", year=2023, arxiv="2305.13301",
-            chapter="10", kind="trains", policies=("diffusion",), world="shapes", claims=("ddpo",),
+            chapter="10", kind="trains", policies=("diffusion",), world="shapes", claims=(),
         ),
         Method(
             name="b2diffurl", title="B2-DiffuRL", authors="Hu et al.", year=2025, arxiv="2503.11240", chapter="11",
@@ -99,7 +99,7 @@ CATALOGUE = {
         ),
         Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
-            chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=("ppo",),
+            chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
         Method(
             name="ppo", title="PPO for language models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
@@ -227,7 +227,7 @@ def verdict(method: Method, results: Path | None) -> str:
     """ "5 of 6 bars hold; not: reward queries": a method's stored replications in a line."""
     found = bars(method, results)
     if found is None:
-        return "no replication stored"
+        return "no replication of its own"
     names = [bar["id"] for bar in claimed_bars(method, results) if not bar["passed"]]
     return f"{found[0]} of {found[1]} bars hold" + (f"; not: {'; '.join(names)}" if names else "")
 

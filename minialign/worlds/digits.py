@@ -204,7 +204,7 @@ def load(
     *,
     num_steps: int = 20,
     eta: float | int = 1.0,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | int = 1.0,
     folder: str | Path | None = None,
     seed: int = 0,
     width: int = 256,

@@ -191,7 +191,7 @@ def load(
     model: str = "diffusion",
     num_steps: int | None = None,
     eta: float | int = 1.0,
-    guidance_scale: float | None = None,
+    guidance_scale: float | int | None = None,
     folder: str | Path | None = None,
 ) -> ShapesWorld:
     """The world of shapes, on the CPU, with the base model shipped or in `folder`.
