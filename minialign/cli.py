@@ -6,9 +6,14 @@ from which `--resume` goes on to the same numbers as an uninterrupted run.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from minialign.bench import command_bench
@@ -180,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="a method in a world: what it changes, measured and drawn")
     run.add_argument("method", nargs="?", help=", ".join(CATALOGUE))
     run.add_argument("--world", help=f"{', '.join(WORLDS)} (default: the method's first, see `minialign methods`)")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=int, help="of everything random (default: 0)")
     run.add_argument("--steps", type=int, help="iterations of the method")
     run.add_argument("--reward", help="of the world, or package.module:function; several with commas")
     run.add_argument("--out", help="folder for the results (default: a new one under runs/)")
@@ -242,15 +247,35 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """0: done; 2: what the user can mend, in one line; 130: stopped by Ctrl-C or SIGTERM; 141: nobody reads on."""
     args = parser().parse_args(argv)
     try:
-        return args.function(args)
-    except (UserError, ValueError, FileNotFoundError) as error:
+        with terminable():
+            code = args.function(args)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # `minialign methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, ValueError, OSError, FloatingPointError) as error:
         print(f"minialign {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"minialign {args.command}: stopped", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: what a scheduler or a container sends first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

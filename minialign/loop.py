@@ -8,16 +8,41 @@
 A method's train() reads from top to bottom like its paper and asks `Run` for the rest, which never calls it back.
 """
 
+import hashlib
+import json
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minialign.checkpoint import load_checkpoint, pack, save_checkpoint, unpack
 from minialign.rewards import load_states, states, within
+from minialign.statistics import key_of
+
+__all__ = [
+    "Batch",
+    "History",
+    "Minibatch",
+    "Run",
+    "Step",
+    "fit",
+    "gather_everything",
+    "gather_rows",
+    "load_checkpoint",
+    "num_processes",
+    "own_rows",
+    "pack",
+    "reward_metrics",
+    "save_checkpoint",
+    "sum_gradients",
+    "sum_over_processes",
+    "unpack",
+    "watch",
+]
 
 
 @dataclass(frozen=True)
@@ -155,12 +180,17 @@ class Run:
         self.done = self.updates = 0
         self.costs = {"network_evaluations": 0, "reward_queries": 0}
         self._peak = [group["lr"] for group in optimizer.param_groups]
+        self._about = {"num_steps": [p.num_steps for p in self.counts if hasattr(p, "num_steps")]}
+        self._about_before: dict[str, Any] = {}
         if resume is not None:
             self._load(resume)
 
     def rounds(self, total: int | None = None) -> Iterator[int]:
         """Numbers of the rounds that are left, up to config.num_iterations (or total); each starts its sums anew."""
-        while self.done < (self.config.num_iterations if total is None else total):
+        total = self.config.num_iterations if total is None else total
+        if self.done >= total:
+            warnings.warn(f"the checkpoint has done {self.done} of {total} rounds: none is left.", stacklevel=3)
+        while self.done < total:
             self._started, self._evaluated = time.perf_counter(), self._evaluations()
             self._infos, self._norms = [], []
             yield self.done
@@ -171,6 +201,7 @@ class Run:
         Processes take turns with `unit` rows at a time: those that must stay on one of them. Raises ValueError if
         there are too few for each process to have some, on all of them: none waits for another.
         """
+        self._meet(prompts)
         if num_prompts * group_size // unit < num_processes():
             raise ValueError(
                 f"a round has {num_prompts * group_size} rows, in units of {unit}, for {num_processes()} processes: "
@@ -183,6 +214,22 @@ class Run:
             own_rows(len(drawn) // unit, self.device).unsqueeze(1) * unit + torch.arange(unit).to(self.device)
         ).flatten()
         return Batch([prompts[i] for i in drawn.tolist()], drawn, group, own)
+
+    def _meet(self, prompts: Sequence[Hashable]) -> None:
+        """Refuses what is no list of prompts; says if a resumed run goes on with others."""
+        if "prompts" in self._about:
+            return
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is the string {prompts!r}; expected a list of prompts: [{prompts!r}].")
+        if len(prompts) == 0:
+            raise ValueError("prompts is empty; give at least one.")
+        self._about["prompts"] = fingerprint(prompts)
+        if self._about_before.get("prompts", self._about["prompts"]) != self._about["prompts"]:
+            warnings.warn(
+                "resumed with other prompts than the checkpoint's, or in another order: what is remembered of a prompt "
+                "goes on, which ones are drawn does not.",
+                stacklevel=4,
+            )
 
     def minibatches(self, items: int | Tensor, num_minibatches: int, own: Tensor) -> list[Minibatch]:
         """Shuffles rows 0 to items - 1, or given rows (m,) or groups of rows (m, w), and cuts them into equal parts.
@@ -264,13 +311,27 @@ class Run:
         """The checkpoint: copies of weights, optimizer moments and random state, counts, and what is kept."""
         tensors = pack(self.parameters, self.optimizer, self.generator, number=self.done, updates=self.updates)
         tensors |= {f"cost.{name}": torch.tensor(total) for name, total in self.costs.items()}
+        tensors["about"] = torch.tensor(list(json.dumps(self._about).encode()), dtype=torch.uint8)
         return tensors | states(self.kept)
 
     def _load(self, resume: Mapping[str, Tensor]) -> None:
+        load_states(self.kept, resume)  # first, for a checkpoint of another kind must leave the weights alone
         counts = unpack(resume, self.parameters, self.optimizer, self.generator)
-        self.done, self.updates = counts["number"], counts["updates"]
+        self.done, self.updates = counts["number"], counts.get("updates", 0)
         self.costs |= {name: int(total) for name, total in within(resume, "cost").items()}
-        load_states(self.kept, resume)
+        self._about_before = json.loads(bytes(resume["about"].tolist())) if "about" in resume else {}
+        before, now = self._about_before.get("num_steps", self._about["num_steps"]), self._about["num_steps"]
+        if before != now:
+            warnings.warn(f"resumed with num_steps {now}; the checkpoint was made with {before}.", stacklevel=4)
+
+
+def fingerprint(prompts: Sequence[Hashable]) -> str | None:
+    """Of a list of prompts; None where one of them has no name that outlives this process."""
+    try:
+        names = json.dumps([key_of(prompt) for prompt in prompts])
+    except ValueError:
+        return None
+    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def reward_metrics(rewards: Tensor) -> dict[str, Tensor]:
@@ -287,59 +348,6 @@ def _likeliest(run: Run) -> str:
         f"The likeliest cause is the learning rate, {rate:g}: try {rate / 10:g}, or a lower max_grad_norm; next, a "
         "reward whose gradient is not finite, or a base model in float16 (bfloat16 does not overflow)."
     )
-
-
-# -------------------------------------------------------------------------------- checkpoints: named tensors, no pickle
-
-
-def pack(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, generator: torch.Generator, **counts: int):
-    """The state of training as named tensors (copies): weights, optimizer moments, random state, counters."""
-    tensors = {f"parameter.{i}": p.detach().clone() for i, p in enumerate(parameters)}
-    for i, p in enumerate(parameters):
-        for name, value in optimizer.state[p].items():
-            tensors[f"optimizer.{i}.{name}"] = value.detach().clone()
-    tensors["generator"] = generator.get_state().clone()
-    return tensors | {f"count.{name}": torch.tensor(value) for name, value in counts.items()}
-
-
-def unpack(tensors: dict[str, Tensor], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, generator):
-    """Puts back what `pack` took; returns the counters. Raises ValueError if the weights have other shapes."""
-    if f"parameter.{len(parameters)}" in tensors:
-        raise ValueError(
-            f"the checkpoint does not fit this policy: it has more than the {len(parameters)} tensors that are trained "
-            "here. Was it made with another LoRA rank, with a critic, or with all weights?"
-        )
-    for i, p in enumerate(parameters):
-        saved = tensors.get(f"parameter.{i}")
-        if saved is None or saved.shape != p.shape:
-            raise ValueError(
-                f"the checkpoint does not fit this policy: trainable tensor {i} is {tuple(p.shape)}, "
-                f"the checkpoint has {None if saved is None else tuple(saved.shape)}. "
-                "Was it made with another LoRA rank or another world?"
-            )
-    for i, p in enumerate(parameters):  # all of them fit: nothing is left half-loaded
-        p.data.copy_(tensors[f"parameter.{i}"])
-        prefix = f"optimizer.{i}."
-        moments = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
-        if moments:
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
-    generator.set_state(tensors["generator"])
-    return {k.removeprefix("count."): int(v) for k, v in tensors.items() if k.startswith("count.")}
-
-
-def save_checkpoint(tensors: dict[str, Tensor], path: Path) -> None:
-    """Atomic: a reader finds the old checkpoint or the new one, never half of it."""
-    from safetensors.torch import save_file
-
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 # -------------------------------------------------------------------------------- several processes

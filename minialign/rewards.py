@@ -43,10 +43,17 @@ def states(named: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_states(named: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Gives each thing that has a state what `states` took of it (`load(tensors)`)."""
-    for name, value in named.items():
-        if hasattr(value, "tensors"):
-            value.load(within(tensors, name))
+    """Gives each thing that has a state what `states` took of it (`load(tensors)`). Raises ValueError if that lacks."""
+    kept = {name: value for name, value in named.items() if hasattr(value, "tensors")}
+    for name, value in kept.items():
+        part = within(tensors, name)
+        missing = set(value.tensors()) - set(part)
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no {min(missing)!r} of the {name}: was it made by another method or reward?"
+            )
+    for name, value in kept.items():
+        value.load(within(tensors, name))
 
 
 def within(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -1,13 +1,26 @@
 """`minialign run`: a method in a world, what was measured before and after, and the folder that it leaves."""
 
-import csv
 import dataclasses
 import json
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
+from minialign.folder import (
+    CHECKPOINT,
+    all_or_nothing,
+    check_free,
+    clear_leftovers,
+    free_folder,
+    read_description,
+    save_round,
+    saved_rows,
+    start_folder,
+    write_metrics,
+    write_timing,
+)
 from minialign.methods import CATALOGUE
 from minialign.prepare import (
     Chosen,
@@ -19,20 +32,24 @@ from minialign.prepare import (
     settings,
     training,
 )
+from minialign.settings import expected, fits
 
 
 class Interrupts:
-    """The first Ctrl-C asks the loop to stop after this iteration; a second one stops at once."""
+    """The first Ctrl-C or SIGTERM asks the loop to stop after this iteration; a second one stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
         self.asked = False
 
     def __enter__(self):
-        self.previous = signal.signal(signal.SIGINT, self.handle)
+        self.previous = [signal.signal(which, self.handle) for which in self.SIGNALS]
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
+        for which, handler in zip(self.SIGNALS, self.previous, strict=True):
+            signal.signal(which, handler)
 
     def handle(self, *_):
         if self.asked:
@@ -41,37 +58,12 @@ class Interrupts:
         print("\nstopping after this iteration; Ctrl-C again to stop at once", file=sys.stderr)
 
 
-# The folder -----------------------------------------------------------------------------------------------------------
-
-
-def free_folder(stem: str) -> Path:
-    number = 0
-    while (Path("runs") / f"{stem}-{number}").exists():
-        number += 1
-    return Path("runs") / f"{stem}-{number}"
-
-
-def write_metrics(rows: list[dict], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="") as file:
-        columns = dict.fromkeys(name for row in rows for name in row)  # some appear later
-        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def read_metrics(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-
-
 # The run --------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Plan:
-    """What to run, as plain data: what run.json holds, the folder, and whether there is something to go on with."""
+    """What to run, as plain data: what run.json holds, the folder, and the rows that are done, None in a new run."""
 
     method: str
     world: str
@@ -81,10 +73,10 @@ class Plan:
     config: dict
     loop_config: dict | None
     folder: Path
-    resumed: bool = False
+    rows: list[dict] | None = None
 
     def description(self) -> dict:
-        found = {k: v for k, v in vars(self).items() if k not in ("folder", "resumed")}
+        found = {k: v for k, v in vars(self).items() if k not in ("folder", "rows")}
         return {k: v for k, v in found.items() if k != "loop_config" or v is not None}
 
     def chosen(self) -> Chosen:
@@ -94,6 +86,21 @@ class Plan:
         loop = method.loop and CATALOGUE[method.loop].module.Config(**from_json(self.loop_config))
         return Chosen(self.world_settings, config, loop)
 
+    @property
+    def iterations(self) -> int | None:
+        """How many there are to be; None where nothing is trained."""
+        return (self.loop_config or self.config).get("num_iterations")
+
+    def finished(self) -> bool:
+        """Whether all its iterations are done and reported."""
+        path = self.folder / "summary.json"
+        if self.rows is None or not path.exists():
+            return False
+        try:
+            return json.loads(path.read_text()).get("iterations") == len(self.rows) == self.iterations
+        except ValueError:  # damaged: it is written anew
+            return False
+
 
 def from_json(fields: dict) -> dict:
     """JSON has no tuples; a Config has no lists."""
@@ -102,33 +109,50 @@ def from_json(fields: dict) -> dict:
 
 def prepare(args) -> Plan:
     """From the command line, or from the folder that --resume names."""
-    if args.resume:
-        return resumed(Path(args.resume), args.steps)
+    if args.resume is not None:
+        return resumed(args)
     if args.method is None:
         raise UserError(f"which method? One of: {', '.join(CATALOGUE)}.")
     method = find_method(args.method)
-    world = args.world or method.world
+    world = method.world if args.world is None else args.world
     policy_kind(method, world)  # raises, before anything is loaded
     chosen = settings(method, world, args.set, args.steps)
-    folder = Path(args.out) if args.out else free_folder(f"{args.method}-{world}")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} already holds {'a run' if (folder / 'run.json').exists() else 'files'}. "
-            f"Go on with `minialign run --resume {folder}`, or choose another --out."
-        )
+    folder = free_folder(f"{args.method}-{world}") if args.out is None else Path(args.out)
+    check_free(folder)
     loop_config = chosen.loop and dataclasses.asdict(chosen.loop)
     config = dataclasses.asdict(chosen.config)
-    return Plan(method.name, world, args.seed, args.reward, chosen.world, config, loop_config, folder)
+    return Plan(method.name, world, args.seed or 0, args.reward, chosen.world, config, loop_config, folder)
 
 
-def resumed(folder: Path, steps: int | None) -> Plan:
-    if not (folder / "run.json").exists():
-        raise UserError(f"{folder} holds no run to resume (no run.json).")
-    plan = Plan(**({"loop_config": None} | json.loads((folder / "run.json").read_text())), folder=folder, resumed=True)
-    if not (folder / "checkpoint.safetensors").exists():
+def resumed(args) -> Plan:
+    """What run.json asked for, with as many more iterations as --steps says."""
+    given = {"METHOD": args.method, "--world": args.world, "--seed": args.seed, "--reward": args.reward}
+    given |= {"--out": args.out, "--set": args.set or None}
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--resume goes on with the run's own settings; leave out {name}. Only --steps may change.")
+    folder = Path(args.resume)
+    found = {"loop_config": None} | read_description(folder)
+    try:
+        for field in dataclasses.fields(Plan):
+            if field.name not in ("folder", "rows") and not fits(found.get(field.name), field.type):
+                raise ValueError(f"{field.name} is {found.get(field.name)!r}; expected {expected(field.type)}")
+        plan = Plan(**found, folder=folder, rows=[])
+        policy_kind(find_method(plan.method), plan.world)
+        plan.chosen()
+    except (TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{folder / 'run.json'} does not describe a run ({error}): put back its own, or start over with another "
+            "--out."
+        ) from None
+    if hasattr(CATALOGUE[plan.method].module, "trial") and not hasattr(CATALOGUE[plan.method].module, "train"):
         raise UserError(f"{folder} holds nothing to go on with: {plan.method} trains nothing.")
-    if steps is not None:
-        (plan.loop_config or plan.config)["num_iterations"] = steps
+    plan.rows = saved_rows(folder, plan.description())
+    if args.steps is not None:
+        (plan.loop_config or plan.config)["num_iterations"] = args.steps
+        plan.chosen()  # checks the number
+    if plan.iterations is not None and plan.iterations < len(plan.rows):
+        raise UserError(f"{folder} has done {len(plan.rows)} iterations already: --steps {plan.iterations} is fewer.")
     return plan
 
 
@@ -149,36 +173,38 @@ def make_trial(plan: Plan):
     return evaluate.policy_trial(world, rewards, plan.seed, steps, total, shaped=method.loop is not None)
 
 
-def start_folder(plan: Plan) -> None:
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / "run.json").write_text(json.dumps(plan.description(), indent=2))
-
-
 def train(plan: Plan, trial, progress: bool) -> tuple[list[dict], bool]:
-    """The training loop with its records on disk. Returns the metrics' rows, and whether it was interrupted."""
+    """The training loop with its records on disk. Returns the rows, and whether it was interrupted."""
     import torch
 
     from minialign import loop
 
-    resume, rows = None, []
-    if plan.resumed:
-        resume = loop.load_checkpoint(plan.folder / "checkpoint.safetensors")
-        rows = read_metrics(plan.folder / "metrics.csv")[: int(resume["count.number"])]
+    rows, resume = list(plan.rows or ()), None
+    if rows:
+        resume = loop.load_checkpoint(plan.folder / CHECKPOINT)
+        start_folder(plan.folder, plan.description())  # it may be longer now
     saved = time.monotonic()
     steps = trial.steps(torch.Generator().manual_seed(plan.seed), resume)
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the checkpoint has done")  # killed before its report: that is what is left
         for step in loop.watch(steps, trial.total, progress, initial=len(rows)):
-            if not plan.folder.exists() or not rows:  # nothing is left behind if the first iteration fails
-                start_folder(plan)
+            if not rows:  # nothing is left behind if the first iteration fails
+                start_folder(plan.folder, plan.description())
             rows.append(step.row())
             last = interrupts.asked or step.number + 1 == trial.total
             if last or len(rows) == 1 or time.monotonic() - saved > 10:
-                loop.save_checkpoint(step.checkpoint(), plan.folder / "checkpoint.safetensors")
-                write_metrics(rows, plan.folder / "metrics.csv")
+                save_round(step.checkpoint(), rows, plan.description(), plan.folder)
                 saved = time.monotonic()
+                write_tables(rows, plan.folder)
             if interrupts.asked:
                 break
+    write_tables(rows, plan.folder)
     return rows, len(rows) < trial.total
+
+
+def write_tables(rows: list[dict], folder: Path) -> None:
+    write_metrics(rows, folder / "metrics.csv")
+    write_timing(rows, folder / "timing.csv")
 
 
 # The report -----------------------------------------------------------------------------------------------------------
@@ -203,9 +229,10 @@ def report(plan: Plan, trial, rows: list[dict], before: dict, after: dict, secon
         **oracle_gain(before, after),
         "iterations": len(rows), "interrupted": interrupted, "seconds": round(seconds, 1), **costs(rows, trial),
     }  # fmt: skip
-    trial.save(plan.folder)
-    trial.draw(before, after, rows, plan.folder, title_of(summary))
-    (plan.folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    with all_or_nothing(plan.folder) as partial:
+        trial.save(partial)
+        trial.draw(before, after, rows, partial, title_of(summary))
+        (partial / "summary.json").write_text(json.dumps(summary, indent=2))
     print_table(summary, trial, plan.folder)
     return summary
 
@@ -247,14 +274,33 @@ def print_table(summary: dict, trial, folder: Path) -> None:
 
 
 def command_run(args) -> int:
-    started = time.monotonic()
+    from safetensors import SafetensorError
+
     plan = prepare(args)
+    if plan.finished():
+        clear_leftovers(plan.folder)
+        print(f"{plan.folder} is finished: {len(plan.rows)} iterations. For more: --steps {2 * len(plan.rows)}.")
+        return 0
+    try:
+        return run(plan, progress=not args.quiet)
+    except (OSError, SafetensorError) as error:
+        where = getattr(error, "filename", None) or plan.folder
+        begun = (plan.folder / "run.json").exists()
+        remedy = f"then: minialign run --resume {plan.folder}" if begun else "then start again"
+        raise UserError(
+            f"{getattr(error, 'strerror', None) or error} ({where}). What was written before is whole: make room, or "
+            f"mend what is wrong there, {remedy}."
+        ) from error
+
+
+def run(plan: Plan, progress: bool) -> int:
+    started = time.monotonic()
     trial = make_trial(plan)
     before, rows, interrupted = trial.before(), [], False
     if trial.steps is not None:
-        rows, interrupted = train(plan, trial, progress=not args.quiet)
+        rows, interrupted = train(plan, trial, progress)
     after = trial.after()
-    start_folder(plan)
+    start_folder(plan.folder, plan.description())
     report(plan, trial, rows, before, after, time.monotonic() - started, interrupted)
     if interrupted:
         print(f"go on with: minialign run --resume {plan.folder}")

@@ -34,6 +34,7 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path, capsys):
     assert names >= {
         "summary.json",
         "metrics.csv",
+        "timing.csv",
         "before_after.png",
         "curves.png",
         "run.json",
@@ -60,7 +61,8 @@ def test_resuming_ends_with_the_numbers_of_an_uninterrupted_run(tmp_path):
     assert all((a[k] == b[k]).all() for k in a)
 
 
-def test_ctrl_c_saves_what_was_learned_and_resume_goes_on(tmp_path):
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_what_was_learned_and_resume_goes_on(tmp_path, which):
     command = [
         sys.executable,
         "-m",
@@ -80,7 +82,7 @@ def test_ctrl_c_saves_what_was_learned_and_resume_goes_on(tmp_path):
     deadline = time.monotonic() + 120
     while not (tmp_path / "r/metrics.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(which)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err and "minialign run --resume" in out
@@ -309,7 +311,8 @@ def test_a_shaped_reward_runs_in_the_loop_of_another_and_resumes(tmp_path):
     assert run("par", "--steps", 4, "--quiet", "--set", "num_prompts=16", "--set", "k=2", "--out", "whole") == 0
     whole = json.loads((tmp_path / "whole/summary.json").read_text())
     assert whole["config"]["k"] == 2 and whole["loop_config"]["num_prompts"] == 16
-    assert all(0 < row["reward"] < 1 for row in running.read_metrics(tmp_path / "whole/metrics.csv"))
+    rows = csv.DictReader((tmp_path / "whole/metrics.csv").read_text().splitlines())
+    assert all(0 < float(row["reward"]) < 1 for row in rows)
     assert run("par", "--steps", 2, "--quiet", "--set", "num_prompts=16", "--set", "k=2", "--out", "part") == 0
     assert run("--resume", "part", "--steps", 4, "--quiet") == 0
     assert json.loads((tmp_path / "part/summary.json").read_text())["after"] == whole["after"]

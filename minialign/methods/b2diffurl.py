@@ -21,7 +21,7 @@ may start anywhere (the authors' 14 of 20 steps is no "backward from the end", a
 chapter 11). Without branching or thresholds this is DDPO, the same numbers from the same trajectories.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,10 +122,13 @@ def select_extremes(
 
 
 def best_and_worst(score: Float[Tensor, "g b"], keep: Bool[Tensor, "g b"]) -> Int[Tensor, "m 2"]:
-    """Pairs (chosen, rejected) as rows g b + branch: of the groups that kept both their best and their worst."""
+    """Pairs (chosen, rejected) as rows g b + branch: of the groups that kept both their best and their worst.
+
+    A group whose branches all have the same score has no best and no worst.
+    """
     pairs = torch.stack([score.argmax(1), score.argmin(1)], 1)
     first = torch.arange(len(score), device=score.device).unsqueeze(1) * score.shape[1]
-    return (first + pairs)[keep.gather(1, pairs).all(1)]
+    return (first + pairs)[keep.gather(1, pairs).all(1) & (pairs[:, 0] != pairs[:, 1])]
 
 
 def chosen_images(
@@ -166,7 +169,7 @@ def objective_loss(policy, traj, rows: Tensor, places: Tensor, advantages: Tenso
     return loss.mean(), means(info)
 
 
-def check(policy, prompts: list, config: Config) -> None:
+def check(policy, prompts: Sequence[Hashable], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
     last = policy.num_actions if config.last_window is None else config.last_window
     if config.backward_progressive and not 1 <= config.first_window <= last <= policy.num_actions:
@@ -182,7 +185,7 @@ def check(policy, prompts: list, config: Config) -> None:
         )
     if config.objective == "pairwise" and config.select == "all":
         raise ValueError("objective='pairwise' trains on a branch's best and worst: use select='extremes'.")
-    policy.encode(list(prompts))
+    policy.encode(prompts)
     policy.check_density()
 
 

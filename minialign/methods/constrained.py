@@ -231,7 +231,7 @@ def check(policy, rewards: Sequence[Callable], prompts: Sequence[str], config: C
         raise ValueError(f"num_minibatches is {config.num_minibatches}, more than the {round_size} samples of a round.")
     if config.baseline == "prompt" and config.group_size < 2:
         raise ValueError("baseline 'prompt' compares samples of one prompt: set group_size above 1.")
-    policy.encode(list(prompts))
+    policy.encode(prompts)
     if not hasattr(policy, "generate"):
         if config.baseline == "critic":
             raise ValueError("denoising steps have no value heads here: set baseline to 'prompt' or 'batch'.")

@@ -19,7 +19,7 @@ cannot matter); a deterministic step (std = 0) raises instead of giving nan; the
 network is left out: prompts have a baseline already.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,12 +130,12 @@ def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tenso
     return loss.mean(), means(info)
 
 
-def check(policy, prompts: list, config: Config) -> None:
+def check(policy, prompts: Sequence[Hashable], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
     batch_size = config.num_prompts * config.group_size
     if config.num_minibatches > batch_size:
         raise ValueError(f"num_minibatches is {config.num_minibatches}, more than the {batch_size} samples of a round.")
-    policy.encode(list(prompts))
+    policy.encode(prompts)
     policy.check_density()
 
 

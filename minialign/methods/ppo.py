@@ -21,7 +21,7 @@ the distribution that was sampled (no top-k or top-p; one temperature for sampli
 estimate is biased; the learning rate is constant unless told to fall.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -165,7 +165,7 @@ def token_weights(mask: Tensor, lengths: Tensor, own: Tensor, everyone: Tensor, 
     return taken / lengths[everyone].sum()
 
 
-def check(policy, prompts: list[str], config: Config) -> None:
+def check(policy, prompts: Sequence[Hashable], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
     if config.advantage in ("grpo", "rloo") and config.group_size < 2:
         raise ValueError(f"advantage={config.advantage!r} compares responses to one prompt: set group_size above 1.")
@@ -174,7 +174,7 @@ def check(policy, prompts: list[str], config: Config) -> None:
             f"num_minibatches is {config.num_minibatches}, more than the {config.num_prompts * config.group_size} "
             "responses of a round."
         )
-    policy.encode(list(prompts))
+    policy.encode(prompts)
 
 
 def train(policy, reward, prompts, config=Config(), generator=None, resume=None) -> Iterator[Step]:

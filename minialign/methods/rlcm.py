@@ -19,7 +19,7 @@ gradient costs three calls, so on `shapes`, where the first call places the obje
 As in neither: REBEL's log-ratios are summed within each sample (the code sums over the minibatch as well).
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -93,7 +93,7 @@ def terminal_noise(policy, std: float | int) -> Iterator[None]:
         policy.terminal_std = usual
 
 
-def check(policy, prompts: list[str], config: Config) -> None:
+def check(policy, prompts: Sequence[Hashable], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
     most = policy.num_steps - (config.terminal_std == 0)
     if config.trained_actions is not None and not 1 <= config.trained_actions <= most:
@@ -105,7 +105,7 @@ def check(policy, prompts: list[str], config: Config) -> None:
         raise ValueError(
             f"num_minibatches is {config.num_minibatches}, more than the {items} samples or pairs of a round."
         )
-    policy.encode(list(prompts))
+    policy.encode(prompts)
     policy.check_density()
 
 
