@@ -5,11 +5,35 @@ nothing heavy, so that `import minialign` stays under a second: the rooms below 
 """
 
 import importlib
+import os
+import sys
+import warnings
 
 __version__ = "0.1.0"
 
 _ROOMS = ("course", "exact", "kernels", "loop", "measure", "methods", "policies", "rewards", "search", "show", "worlds")
 __all__ = ["__version__", *_ROOMS]
+
+
+def _wait_less() -> None:
+    """OpenMP's threads wait for each other by spinning; where another program holds a core, they mostly spin.
+
+    GNU's OpenMP, which torch brings on Linux, reads how long when it is loaded, and never again.
+    """
+    theirs = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ) or os.environ.get("OMP_NUM_THREADS") == "1"
+    if sys.platform != "linux" or theirs:
+        return
+    if "torch" not in sys.modules:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+    elif not sys.modules["torch"].cuda.is_available():
+        warnings.warn(
+            "torch was loaded before minialign, and its threads will spin where another program is busy: import "
+            "minialign first, or set GOMP_SPINCOUNT=10000.",
+            stacklevel=3,
+        )
+
+
+_wait_less()
 
 
 def __getattr__(name: str):

@@ -1,11 +1,14 @@
 """The house keeps its promises: light import, floors, one list of dependencies, nothing stray at the top."""
 
+import os
 import re
 import subprocess
 import sys
 import tomllib
 import zlib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +22,27 @@ def test_import_is_light():
     code = f"import sys, minialign; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
+@pytest.mark.parametrize(
+    ("first", "given", "spins", "said"),
+    [
+        ("minialign", {}, "10000", 0),
+        ("minialign", {"GOMP_SPINCOUNT": "7"}, "7", 0),
+        ("minialign", {"OMP_WAIT_POLICY": "passive"}, None, 0),
+        ("minialign", {"OMP_NUM_THREADS": "1"}, None, 0),
+        ("torch", {}, None, 1),
+        ("torch", {"GOMP_SPINCOUNT": "7"}, "7", 0),
+    ],
+)
+def test_threads_wait_less_and_it_is_said_where_that_came_too_late(first, given, spins, said):
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | given
+    code = f"import os, {first}, minialign, minialign.methods; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == str(spins)
+    assert done.stderr.count("import minialign first, or set GOMP_SPINCOUNT=10000") == said
 
 
 def test_every_room_can_be_reached():
