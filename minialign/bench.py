@@ -8,11 +8,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from minialign.methods import CATALOGUE, Method
 from minialign.prepare import (
     UserError,
+    check_writable,
+    find_device,
     find_method,
     nearest,
     policy_kind,
@@ -148,22 +149,24 @@ def worlds_for(method: Method, asked: list[str] | None, chosen: bool) -> list[st
 
 
 def command_bench(args) -> int:
-    rows = []
+    device, rows = find_device(args.device), []
+    if args.out is not None:
+        check_writable(args.out)
     for name in args.methods or measured():
         method = find_method(name)
         if name not in measured():
             raise UserError(nearest("method to measure", name, measured()))
         if hasattr(method.module, "bench"):  # no training step
-            rows.append({"method": name, **method.module.bench(args.device)})
+            rows.append({"method": name, **method.module.bench(device)})
             print(f"{name}: {', '.join(f'{key} {value}' for key, value in rows[-1].items() if key != 'method')}")
             continue
         for world in worlds_for(method, args.worlds, bool(args.methods)):
-            rows.append(bench_row(method, world, args.rounds, args.device))
+            rows.append(bench_row(method, world, args.rounds, device))
             print(
                 "{method} on {world} ({device}): step {step_seconds} s, floor {floor_seconds} s, ratio {ratio}".format(
                     **rows[-1]
                 )
             )
-    if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=2))
+    if args.out is not None:
+        args.out.write_text(json.dumps(rows, indent=2))
     return 0

@@ -13,15 +13,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 from minialign.bench import command_bench
 from minialign.describe import command_methods
 from minialign.methods import CATALOGUE, catalogue_table, parts_table, verdicts_table
-from minialign.prepare import UserError, nearest
+from minialign.prepare import UserError, check_takes_files, check_writable, nearest
 from minialign.recipes import BENCH_WORLDS, WORLDS
 from minialign.run import command_run
+from minialign.settings import Count, Range, parse
 
 REPOSITORY = Path(__file__).parent.parent
 WEIGHTS_MADE_BY = {
@@ -39,7 +41,10 @@ def command_pretrain(args) -> int:
         raise UserError(nearest("set of weights", args.name, WEIGHTS_MADE_BY))
     from minialign.worlds.base import WEIGHTS
 
-    out = Path(args.out) if args.out else WEIGHTS / args.name
+    out = args.out or WEIGHTS / args.name
+    if args.out is not None and out.is_dir() and any(out.iterdir()):  # it would be replaced, whatever it holds
+        raise UserError(f"--out {out} already holds files; choose a new folder.")
+    check_takes_files(out)
     module = WEIGHTS_MADE_BY[args.name]
     which = {"name": args.name} if list(WEIGHTS_MADE_BY.values()).count(module) > 1 else {}
     importlib.import_module(module).main(out, seed=args.seed, **which)
@@ -62,15 +67,19 @@ def command_replicate(args) -> int:
         write_table(found)
         return 0
     if args.name not in found:
-        raise UserError(nearest("replication", str(args.name), found))
+        raise UserError(
+            nearest("replication", args.name, found) if args.name else f"which replication? One of: {', '.join(found)}."
+        )
+    if args.out is not None:
+        check_writable(args.out)
     sys.path.insert(0, str(found[args.name].parent))  # its worker processes import it by name, too
     verdict = importlib.import_module(f"claim_{args.name}").replicate()
     for bar in verdict["bars"]:
         mark = "pass" if bar["passed"] else "FAIL" if bar.get("claimed", True) else "no  "
         print(f"{mark}  {bar['id']}: {bar['value']:.4g} (bar {bar['threshold']})")
     print(f"{args.name}: {verdict['verdict']}, {verdict['seeds']} seeds")
-    if args.out:
-        Path(args.out).write_text(json.dumps(verdict, indent=2))
+    if args.out is not None:
+        args.out.write_text(json.dumps(verdict, indent=2))
     return 0 if verdict["verdict"] == "replicates" else 1
 
 
@@ -145,10 +154,11 @@ def notebooks() -> list[Path]:
 def command_copy(args) -> int:
     import shutil
 
-    folder, found = Path(args.folder), notebooks()
+    folder, found = args.folder, notebooks()
     there = [path.name for path in found if (folder / path.name).exists()]
     if there:  # it may hold a student's answers
         raise UserError(f"{folder} already holds {there[0]}: choose another folder.")
+    check_takes_files(folder, "DIR")
     folder.mkdir(parents=True, exist_ok=True)
     for path in found:
         shutil.copy(path, folder)
@@ -162,13 +172,34 @@ def command_grade(args) -> int:
     limits = sandbox.Limits(seconds=args.seconds, wall=3 * args.seconds)
     try:
         grade.grade_all(
-            Path(args.submissions), Path(args.out), Path(args.source), chapter=args.chapter, jobs=args.jobs,
+            args.submissions, args.out, args.source, chapter=args.chapter, jobs=args.jobs,
             isolation=args.isolation, limits=limits, seed=args.seed, progress=sys.stderr.isatty(),
             hide=[REPOSITORY / "solutions", REPOSITORY / "tests", REPOSITORY / ".git"],
         )  # fmt: skip
     except sandbox.Broken as error:
         raise UserError(str(error)) from None
     return 0
+
+
+def typed(read: Callable, *kind) -> Callable[[str], Any]:
+    """An option's type for argparse, which says in our words what is wrong."""
+
+    def typed(text: str):
+        try:
+            return read(text, *kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return typed
+
+
+def read_path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is no path.")
+    return Path(text)
+
+
+COUNT, SEED, PATH = typed(parse, Count), typed(parse, Annotated[int, Range(0, 2**63 - 1)]), typed(read_path)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,10 +216,10 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="a method in a world: what it changes, measured and drawn")
     run.add_argument("method", nargs="?", help=", ".join(CATALOGUE))
     run.add_argument("--world", help=f"{', '.join(WORLDS)} (default: the method's first, see `minialign methods`)")
-    run.add_argument("--seed", type=int, help="of everything random (default: 0)")
-    run.add_argument("--steps", type=int, help="iterations of the method")
+    run.add_argument("--seed", type=SEED, help="of everything random (default: 0)")
+    run.add_argument("--steps", type=COUNT, help="iterations of the method")
     run.add_argument("--reward", help="of the world, or package.module:function; several with commas")
-    run.add_argument("--out", help="folder for the results (default: a new one under runs/)")
+    run.add_argument("--out", type=PATH, help="folder for the results (default: a new one under runs/)")
     run.add_argument(
         "--set",
         action="append",
@@ -196,28 +227,28 @@ def parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="any field of the method's Config, or of the sampler",
     )
-    run.add_argument("--resume", metavar="DIR", help="go on with an interrupted run")
+    run.add_argument("--resume", type=PATH, metavar="DIR", help="go on with an interrupted run")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     run.set_defaults(function=command_run)
 
     pretrain = commands.add_parser("pretrain", help="remake shipped weights")
     pretrain.add_argument("name", help=", ".join(WEIGHTS_MADE_BY))
-    pretrain.add_argument("--out", help="folder (default: the shipped one)")
-    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.add_argument("--out", type=PATH, help="folder (default: the shipped one)")
+    pretrain.add_argument("--seed", type=SEED, default=0)
     pretrain.set_defaults(function=command_pretrain)
 
     replicate = commands.add_parser("replicate", help="check a paper's claims in miniature")
     replicate.add_argument("name", nargs="?")
-    replicate.add_argument("--out", help="store the verdict as JSON")
+    replicate.add_argument("--out", type=PATH, help="store the verdict as JSON")
     replicate.add_argument("--table", action="store_true", help="rewrite the tables and maps")
     replicate.set_defaults(function=command_replicate)
 
     bench = commands.add_parser("bench", help="a method's step beside the bare network passes it cannot avoid")
     bench.add_argument("--methods", nargs="+", help="default: all that say what a step cannot avoid")
     bench.add_argument("--worlds", nargs="+", help=f"default: of {', '.join(BENCH_WORLDS)} those of the method")
-    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--rounds", type=COUNT, default=5)
     bench.add_argument("--device", default="cpu")
-    bench.add_argument("--out", help="store the rows as JSON")
+    bench.add_argument("--out", type=PATH, help="store the rows as JSON")
     bench.set_defaults(function=command_bench)
 
     course = commands.add_parser("course", help="make the student's edition of the chapters; grade what comes back")
@@ -227,18 +258,23 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--no-execute", action="store_true", help="leave the student's edition without outputs")
     make.set_defaults(function=command_course)
     copy = actions.add_parser("copy", help="the student's notebooks into a folder of yours")
-    copy.add_argument("folder")
+    copy.add_argument("folder", type=PATH)
     copy.set_defaults(function=command_copy)
     marks = actions.add_parser("grade", help="grade a notebook or a folder of hundreds, each in a sandbox")
-    marks.add_argument("submissions", help="a notebook, or a folder of them")
-    marks.add_argument("--out", default="grades.csv", help="the grades; feedback goes to the folder of that name")
+    marks.add_argument("submissions", type=PATH, help="a notebook, or a folder of them")
     marks.add_argument(
-        "--source", default=REPOSITORY / "notebooks", help="the chapters as they were handed out (default: notebooks/)"
+        "--out", type=PATH, default=Path("grades.csv"), help="the grades; feedback goes to the folder of that name"
+    )
+    marks.add_argument(
+        "--source",
+        type=PATH,
+        default=REPOSITORY / "notebooks",
+        help="the chapters as they were handed out (default: notebooks/)",
     )
     marks.add_argument("--chapter", help="accept this chapter only, by number")
-    marks.add_argument("--jobs", type=int, help="sandboxes at a time (default: one a core)")
+    marks.add_argument("--jobs", type=COUNT, help="sandboxes at a time (default: one a core)")
     marks.add_argument(
-        "--seconds", type=int, default=10, help="of CPU for each exercise, and thrice as many of wall time"
+        "--seconds", type=COUNT, default=10, help="of CPU for each exercise, and thrice as many of wall time"
     )
     marks.add_argument("--seed", help="of the fresh inputs (default: drawn at the first start, and kept)")
     marks.add_argument("--isolation", choices=["auto", "bubblewrap", "subprocess"], default="auto")

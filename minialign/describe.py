@@ -62,7 +62,7 @@ def print_method(method: Method) -> None:
 def command_methods(args) -> int:
     if args.markdown:
         print(catalogue_table("notebooks/", stored_results()))
-    elif args.name:
+    elif args.name is not None:
         print_method(find_method(args.name))
     else:
         print_catalogue()

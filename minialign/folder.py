@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minialign.prepare import UserError
+from minialign.prepare import UserError, check_takes_files
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -43,13 +43,7 @@ def check_free(folder: Path) -> None:
             f"{folder} already holds {'a run' if (folder / 'run.json').exists() else 'files'}. "
             f"Go on with `minialign run --resume {folder}`, or choose another --out."
         )
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; expected a new folder, or an empty one.")
-    parent = next(part for part in [folder, *folder.absolute().parents] if part.exists())
-    try:  # before an hour is spent
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {parent}: {error.strerror or error}. Choose another --out.") from None
+    check_takes_files(folder)
 
 
 @contextmanager

@@ -94,6 +94,8 @@ class History(list):
 
 def fit(steps: Iterable[Step], total: int | None = None, progress: bool = True) -> History:
     """Runs a method to its end (or for `total` more iterations), with a bar showing the reward and the time left."""
+    if total is not None and total < 1:
+        raise ValueError(f"total is {total}; expected at least 1 iteration, or None for all that are left.")
     history = History()
     for step in watch(steps, total, progress):
         history.append(step.row())
@@ -172,6 +174,10 @@ class Run:
         counts: Sequence[Any] = (),
         **kept: Any,
     ):
+        for name, value, kind in (("generator", generator, torch.Generator), ("resume", resume, Mapping)):
+            if value is not None and not isinstance(value, kind):
+                expected = "a torch.Generator" if name == "generator" else "tensors by name, of load_checkpoint(path)"
+                raise ValueError(f"{name} is {value!r}; expected {expected}.")
         self.config, self.optimizer, self.counts = config, optimizer, list(counts)
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -142,6 +142,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
     In (0, 1]; it falls as the number of texts grows, so compare equal numbers. 0 where no text has n words.
     """
+    if isinstance(texts, str) or n < 1:
+        raise ValueError(f"n is {n} and texts {type(texts).__name__}; expected n of at least 1 and a list of strings.")
     words = [text.split() for text in texts]
     grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
@@ -158,8 +160,9 @@ def vendi_score(
     if (features is None) == (similarity is None):
         raise ValueError("give either features or similarity=, not both.")
     if features is not None:
-        if features.ndim != 2:
-            raise ValueError(f"features have shape {tuple(features.shape)}; expected (n, d): features.flatten(1).")
+        if features.ndim != 2 or len(features) == 0:
+            shape = tuple(features.shape)
+            raise ValueError(f"features have shape {shape}; expected (n, d), n of at least 1: features.flatten(1).")
         unit = torch.nn.functional.normalize(features.double(), dim=1)
         matrix = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit  # the same non-zero eigenvalues
         values = torch.linalg.eigvalsh(matrix / len(unit))

@@ -3,13 +3,14 @@
 import difflib
 import importlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minialign import recipes
 from minialign.methods import CATALOGUE, Method
-from minialign.settings import Count, Natural, NonNegative, annotations, parse
+from minialign.settings import Count, Fraction, Natural, NonNegative, annotations, parse
 
 
 class UserError(Exception):
@@ -57,7 +58,7 @@ def policy_kind(method: Method, world: str) -> str:
 # How a world's policy is sampled and what it trains; the methods' own settings check themselves.
 WORLD_SETTINGS = {
     "num_steps": Count,
-    "eta": NonNegative,
+    "eta": Fraction,
     "guidance_scale": NonNegative,
     "lora_rank": Natural,
     "kind": str,
@@ -179,7 +180,9 @@ def training(method: Method, chosen: Chosen, world, rewards: list[Callable], see
 
 def choose_rewards(method: Method, world, text: str | None) -> dict[str, Callable]:
     """The rewards named in `text`, with commas between; those of the recipe, or the world's default, if it is None."""
-    names = text.split(",") if text else recipes.REWARDS.get((method.name, world.name), (world.default_reward,))
+    names = (
+        text.split(",") if text is not None else recipes.REWARDS.get((method.name, world.name), (world.default_reward,))
+    )
     return {name: choose_reward(world, name) for name in names}
 
 
@@ -192,6 +195,50 @@ def choose_reward(world, name: str) -> Callable:
     module, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"cannot load the reward {name!r}: {error}") from None
+        reward = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        raise UserError(f"cannot load the reward {name!r}: {type(error).__name__}: {error}") from None
+    if not callable(reward):
+        raise UserError(f"the reward {name!r} is {reward!r}; expected a function of (samples, prompts).")
+    return reward
+
+
+# Devices and files ----------------------------------------------------------------------------------------------------
+
+
+def find_device(name: str) -> str:
+    """The name of a device that computes here. Raises UserError for any other."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("it computes nothing" if device.type == "meta" else "there is one cpu")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"no device {name!r} here ({reason}). There are: {', '.join(there)}.") from None
+    return name
+
+
+def check_writable(path: Path, option: str = "--out") -> None:
+    """Raises UserError, before anything is spent, if no file can be made at that path."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; expected a file.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.absolute().parent}; make it first.")
+    check_takes_files(path.absolute().parent, option)
+
+
+def check_takes_files(folder: Path, option: str = "--out") -> None:
+    """Raises UserError if nothing can be written in that folder, or in what it would be made in."""
+    try:
+        there = next(part for part in [folder, *folder.absolute().parents] if part.exists())
+        if not there.is_dir():
+            raise UserError(f"{option} {folder}: {there} is a file; expected a folder.")
+        tempfile.TemporaryFile(dir=there).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to {option} {folder}: {reason}. Choose another.") from None

@@ -99,7 +99,7 @@ def _call(name: str, reward: Callable, samples: Tensor | Sequence, prompts: Sequ
         return reward(samples, prompts)
     except RewardError:  # a term of a weighted sum has already explained itself
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(
             f"reward {name!r} raised {type(error).__name__}: {error}. It was called with {_describe(samples)} and "
             f"{len(samples)} prompts; a reward takes (samples, prompts)."

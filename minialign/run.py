@@ -117,7 +117,7 @@ def prepare(args) -> Plan:
     world = method.world if args.world is None else args.world
     policy_kind(method, world)  # raises, before anything is loaded
     chosen = settings(method, world, args.set, args.steps)
-    folder = free_folder(f"{args.method}-{world}") if args.out is None else Path(args.out)
+    folder = args.out or free_folder(f"{args.method}-{world}")
     check_free(folder)
     loop_config = chosen.loop and dataclasses.asdict(chosen.loop)
     config = dataclasses.asdict(chosen.config)
@@ -131,7 +131,7 @@ def resumed(args) -> Plan:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"--resume goes on with the run's own settings; leave out {name}. Only --steps may change.")
-    folder = Path(args.resume)
+    folder = args.resume
     found = {"loop_config": None} | read_description(folder)
     try:
         for field in dataclasses.fields(Plan):

@@ -15,10 +15,15 @@ import types
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+FLOAT32_MAX = 3.4028234e38
+
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high; `above`: low itself is not one of them; finite: infinity is not, whatever high is."""
+    """Numbers from low to high; `above`: low itself is not one of them.
+
+    finite: infinity is not, whatever high is, nor what would be infinite in float32.
+    """
 
     low: float | int = -math.inf
     high: float | int = math.inf
@@ -26,7 +31,7 @@ class Range:
     finite: bool = True
 
     def __contains__(self, value: float | int) -> bool:
-        if math.isnan(value) or (self.finite and math.isinf(value)):
+        if math.isnan(value) or (self.finite and abs(value) > FLOAT32_MAX):
             return False
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 

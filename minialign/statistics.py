@@ -92,11 +92,14 @@ class Moments:
 class Statistics:
     """Rewards by name. last: how many of each name are remembered; rounds: how many rounds, the current one included.
 
-    Neither: everything is. They are kept in float64 on the CPU. Names are any hashable, see
-    `key_of`.
+    Neither: everything is. They are kept in float64 on the CPU. Names are any hashable, see `key_of`. Raises ValueError
+    for a memory of none.
     """
 
     def __init__(self, last: int | None = None, rounds: int | None = None):
+        for name, value in (("last", last), ("rounds", rounds)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1, or None for all.")
         self.last, self.rounds = last, rounds
         self.names: dict[str, int] = {}
         self.index = torch.empty(0, dtype=torch.long)

@@ -55,6 +55,10 @@ class PrefixTree(nn.Module):
     def __init__(self, table: Float[Tensor, "prompts prefixes outputs"], vocabulary: int = VOCABULARY):
         super().__init__()
         self.table, self.vocabulary = nn.Parameter(table.clone()), vocabulary
+        words, prefixes = 0, 1
+        while prefixes <= table.shape[1]:  # a level of the heap is a word more
+            words, prefixes = words + 1, prefixes * vocabulary + 1
+        self.config = SimpleNamespace(max_position_embeddings=1 + words)
 
     def forward(
         self, input_ids: Int[Tensor, "b s"], attention_mask: Int[Tensor, "b s"] | None = None
