@@ -125,9 +125,8 @@ def test_adapter_loads_in_diffusers_and_reproduces_the_images(sd, tmp_path, gene
     policy.save_adapter(tmp_path / "adapter")
     other = DiffusionPolicy.from_pipeline(base, num_steps=3, guidance_scale=1.0)
     assert (other.sample(PROMPTS, noise) - trained).abs().max() > 1e-3
-    base.load_lora_weights(
-        tmp_path / "adapter", weight_name="pytorch_lora_weights.safetensors"
-    )  # offline, diffusers 0.35 does not look
+    # offline, diffusers 0.35 wants the file's name
+    base.load_lora_weights(tmp_path / "adapter", weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(other.sample(PROMPTS, noise), trained, atol=1e-5, rtol=1e-4)
 
 

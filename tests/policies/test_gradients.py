@@ -149,7 +149,7 @@ def test_consistency_policy(num_steps, terminal_std, kept):
 
 
 def nonlinear(tmp_path):
-    """A random Stable Diffusion in float64, rollout, decoder and all; CLIP, which transformers 4 lacks in it, in float32."""
+    """A random Stable Diffusion in float64, but its CLIP, which transformers 4 cannot call in it, in float32."""
     pipe = stable_diffusion(tmp_path)
     pipe.unet.double()
     pipe.vae.double()
