@@ -201,7 +201,7 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
     assert (after["samples"] - before["samples"]).abs().max() > 0.05
 
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "shapes", local_files_only=True)
-    pipe.load_lora_weights(tmp_path / "r")
+    pipe.load_lora_weights(tmp_path / "r", weight_name="pytorch_lora_weights.safetensors")
     policy = DiffusionPolicy.from_pipeline(pipe, num_steps=6, guidance_scale=1.0)  # the recipe's
     noise = policy.draw_noise(16, torch.Generator().manual_seed(10_000))
     torch.testing.assert_close(policy.sample(after["prompts"], noise), after["samples"], atol=1e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,8 @@ import zlib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +88,31 @@ def test_environment_yml_says_the_same_as_pyproject():
     lines = re.findall(r"^ {6}- (?!\")(.+)$", (ROOT / "environment.yml").read_text(), flags=re.MULTILINE)
     assert sorted(lines) == sorted(listed)
     assert f"python{project()['requires-python']}" in (ROOT / "environment.yml").read_text()
+
+
+def test_constraints_pin_every_dependency_inside_its_range():
+    """Exactly, and as any platform can have it: without the label of a local build (+cpu)."""
+    lines = [line for line in (ROOT / "tests/constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    assert len(pins) == len(lines)
+    extras = project()["optional-dependencies"]
+    for one in map(Requirement, project()["dependencies"] + extras["notebooks"] + extras["dev"]):
+        if one.name != "minialign":
+            assert one.specifier.contains(pins[canonicalize_name(one.name)]), one
+
+
+def test_newcomers_and_ci_take_the_tested_versions():
+    readme = re.search(r"## Two commands(.*?)\n## ", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    installs = re.findall(r"pip install .*", readme) + re.findall(r"pip install .*", (ROOT / ".ci/run").read_text())
+    assert len(installs) == 3 and all("-c tests/constraints.txt -e " in line for line in installs)
+    assert '- "-c tests/constraints.txt"' in (ROOT / "environment.yml").read_text()
+
+
+def test_the_oldest_set_is_the_lower_end_of_each_range():
+    versions = runpy.run_path(str(ROOT / "tests/versions.py"))
+    assert versions["lower_ends"](["torch>=2.13,<3", "numpy>=2"]) == ["torch==2.13", "numpy==2"]
+    assert len(versions["lower_ends"](project()["dependencies"])) == len(project()["dependencies"])
 
 
 def test_nothing_stray_at_the_top():

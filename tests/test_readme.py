@@ -14,7 +14,7 @@ def test_the_ten_lines_run_as_printed(tmp_path, monkeypatch):
     exec(code.replace('"minialign/', f'"{ROOT}/minialign/'), shown)
     assert len(shown["history"]) == 5
     shown["pipe"].unload_lora_weights()
-    shown["pipe"].load_lora_weights(tmp_path / "my_adapter")
+    shown["pipe"].load_lora_weights(tmp_path / "my_adapter", weight_name="pytorch_lora_weights.safetensors")
 
 
 def test_links_and_chapters_exist():

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, edm_denoised, edm_scalings, expand_as
+from minialign.policies.loading import load_whole
 
 
 class EDMDenoiser(nn.Module):
@@ -33,9 +34,9 @@ class EDMDenoiser(nn.Module):
         """From `folder`/unet (UNet2DModel) and `folder`/scheduler (any of diffusers' EDM schedulers)."""
         from diffusers import EDMEulerScheduler, UNet2DModel
 
-        unet = UNet2DModel.from_pretrained(Path(folder) / "unet", local_files_only=True, low_cpu_mem_usage=False)
+        unet = load_whole(UNet2DModel, Path(folder) / "unet", low_cpu_mem_usage=False)
         scheduler = EDMEulerScheduler.from_pretrained(Path(folder) / "scheduler", local_files_only=True)
-        return cls(unet.requires_grad_(False).eval(), scheduler.config.sigma_data)
+        return cls(unet.requires_grad_(False), scheduler.config.sigma_data)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor, nn
 
 from minialign.policies.language import LanguagePolicy
+from minialign.pretrain.formats import save_tokenizer
 from minialign.worlds import assistant
 from minialign.worlds.base import quietly
 
@@ -171,7 +172,7 @@ def main(out: str | Path, seed: int = 0, recipe: Recipe = Recipe(), report=print
         network = train(recipe, seed, report)
         with quietly():
             network.save_pretrained(partial)
-        assistant.make_tokenizer().save_pretrained(partial)
+        save_tokenizer(assistant.make_tokenizer(), partial)
         save_file({"tokens": sample_answers(network, recipe.num_answers, seed + 1)}, partial / "answers.safetensors")
         figures = evaluate(network, partial)
         seconds = time.process_time() - start

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minialign.pretrain.formats import save_pipeline
 from minialign.pretrain.shapes_models import (
     autoencoder,
     contrastive_scorer,
@@ -380,7 +381,7 @@ def _train_all(folder: Path, generator: torch.Generator, recipe: Recipe, report:
     unet, text = denoiser(), text_encoder(words)
     train_denoiser(latents, ids, empty, unet, text, recipe, generator)
     scorer = train_scorer(images, ids, words, recipe, generator)
-    pipeline(vae, unet, text, words).save_pretrained(folder)
+    save_pipeline(pipeline(vae, unet, text, words), folder)
     save_scorer(scorer, words, folder / "scorer")
     _hash_files(folder)
     named = {"vae": vae, "unet": unet, "text_encoder": text, "scorer": scorer}

@@ -26,6 +26,7 @@ from minialign.measure import frechet_distance
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.pretrain import shapes as pretrain_shapes
+from minialign.pretrain.formats import save_pipeline
 from minialign.worlds import shapes
 
 
@@ -140,12 +141,7 @@ def rows(teacher, student, num_samples: int) -> Iterator[tuple[str, int, dict[st
 
 def load_scorer():
     """The CLIPModel of `shapes`."""
-    from transformers import CLIPModel
-
-    from minialign.worlds.base import WEIGHTS, quietly
-
-    with quietly():
-        return CLIPModel.from_pretrained(WEIGHTS / "shapes" / "scorer", local_files_only=True).eval()
+    return shapes.load_clip()[0]
 
 
 def card(table: list, recipe: Recipe, seed: int, seconds: float, num_parameters: int, hashes: dict[str, str]) -> str:
@@ -230,7 +226,7 @@ def main(
         torch.set_num_threads(threads)
     student.scheduler.set_timesteps(4)
     pipe = pipeline(teacher, student)
-    pipe.save_pretrained(partial)
+    save_pipeline(pipe, partial)
     student.network.half().save_pretrained(partial / "unet")
     for config in partial.rglob(
         "config.json"

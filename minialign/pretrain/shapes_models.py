@@ -1,11 +1,14 @@
 """What `minialign pretrain shapes` trains: the modules of Stable Diffusion and CLIP, each in miniature, untrained."""
 
+import json
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minialign.pretrain.formats import save_tokenizer
 from minialign.worlds import shapes
 
 CONTEXT = 16  # tokens of a prompt, padded
@@ -25,7 +28,11 @@ def tokenizer():
             pieces[:2] = ["".join(pieces[:2])]
             vocabulary.append(pieces[0])
     ids = {token: i for i, token in enumerate([*vocabulary, START, END])}
-    return CLIPTokenizer(vocab=ids, merges=list(merges), model_max_length=CONTEXT)
+    with tempfile.TemporaryDirectory() as folder:  # transformers 4 and 5 agree on files, not on arguments
+        (Path(folder) / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=CONTEXT)
 
 
 def _byte_pairs(pieces: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
@@ -145,3 +152,4 @@ def save_scorer(scorer, tokenizer, folder: Path) -> None:
     )
     scorer.save_pretrained(folder)
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from minialign.worlds.base import WEIGHTS, LanguageWorld, missing_weights, quietly
+from minialign.policies.loading import load_whole
+from minialign.worlds.base import WEIGHTS, LanguageWorld, missing_weights, quietly, weights_of
 from minialign.worlds.tokens import text_figure
 from minialign.worlds.tokens_models import word_tokenizer
 
@@ -272,12 +273,9 @@ def load_model(folder: str | Path | None = None):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _folder(folder)
-    try:
-        with quietly():
-            network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-            return network.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # safetensors, json and transformers each raise their own
-        raise missing_weights("assistant", f"{folder} does not load ({type(error).__name__}: {error})") from error
+    with quietly(), weights_of("assistant", folder):
+        network = load_whole(AutoModelForCausalLM, folder)
+        return network, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @functools.cache
@@ -346,9 +344,10 @@ def reward_network(size: str = "base", seed: int = 0, num_labels: int = 1, folde
     with torch.random.fork_rng(devices=[]), quietly():
         torch.manual_seed(seed)
         if size == "base":
-            return AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=num_labels, local_files_only=True
-            ).eval()
+            with weights_of("assistant", folder):
+                return load_whole(
+                    AutoModelForSequenceClassification, folder, new=["score.weight"], num_labels=num_labels
+                )
         width, layers = SIZES[size]
         return GPT2ForSequenceClassification(config(width, layers, num_labels=num_labels)).eval()
 

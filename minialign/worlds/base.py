@@ -99,6 +99,15 @@ def missing_weights(name: str, problem: str) -> FileNotFoundError:
 
 
 @contextmanager
+def weights_of(name: str, folder: Path):
+    """Around loading: what safetensors, json and the libraries raise, each their own, becomes the one error."""
+    try:
+        yield
+    except Exception as error:
+        raise missing_weights(name, f"{folder} does not load ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
 def quietly():
     """Loads without the libraries' progress bars and their advice on optional packages; errors are still shown."""
     from diffusers.utils import logging as diffusers_logging

@@ -22,7 +22,8 @@ from torch import Tensor
 from minialign import show as pictures
 from minialign.exact import GaussianMixture
 from minialign.policies.diffusion import DiffusionPolicy
-from minialign.worlds.base import WEIGHTS, World, missing_weights
+from minialign.policies.loading import load_whole
+from minialign.worlds.base import WEIGHTS, World, missing_weights, weights_of
 from minialign.worlds.exact_denoiser import ExactDenoiser, ResidualMLP
 from minialign.worlds.gaussian import scheduler
 
@@ -185,11 +186,9 @@ def load_unet(folder: Path | None = None):
     for part in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
         if not (folder / part).is_file():
             raise missing_weights("digits", f"{folder / part} is missing")
-    try:
-        unet = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True, low_cpu_mem_usage=False)
+    with weights_of("digits", folder):
+        unet = load_whole(UNet2DModel, folder / "unet", low_cpu_mem_usage=False)
         return unet, DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    except Exception as error:  # safetensors, json and diffusers each raise their own
-        raise missing_weights("digits", f"{folder} does not load ({type(error).__name__}: {error})") from error
 
 
 @dataclass(kw_only=True)

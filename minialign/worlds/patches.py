@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from minialign.policies.edm import EDMDenoiser
-from minialign.worlds.base import WEIGHTS, missing_weights
+from minialign.worlds.base import WEIGHTS, missing_weights, weights_of
 from minialign.worlds.digits import SPLITS
 
 SIDE = 12
@@ -68,7 +68,5 @@ def denoiser(name: str = "patches", folder: str | Path | None = None) -> EDMDeno
     for part in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
         if not (folder / part).is_file():
             raise missing_weights(name, f"{folder / part} is missing")
-    try:
+    with weights_of(name, folder):
         return EDMDenoiser.from_pretrained(folder)
-    except Exception as error:  # safetensors, json and diffusers each raise their own
-        raise missing_weights(name, f"{folder} does not load ({type(error).__name__}: {error})") from error

@@ -27,8 +27,9 @@ from torch import Tensor
 from minialign import show as pictures
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
+from minialign.policies.loading import load_whole
 from minialign.rewards import clip_scorer
-from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly
+from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly, weights_of
 from minialign.worlds.shapes_oracle import UNKNOWN, Objects, facts, graded, inks, oracle, read_objects
 from minialign.worlds.shapes_scenes import (
     COLOURS,
@@ -141,17 +142,32 @@ def check_weights(folder: Path, name: str = "shapes") -> None:
 
 def load_pipeline(folder: str | Path | None = None, model: str = "diffusion"):
     """The base model as a StableDiffusionPipeline, or its twin as a LatentConsistencyModelPipeline, on the CPU."""
+    import diffusers
+    from transformers import CLIPTextModel
+
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r} of world 'shapes'. There are: {', '.join(MODELS)}.")
     name, pipeline_class, _ = MODELS[model]
     folder = WEIGHTS / name if folder is None else Path(folder)
     check_weights(folder, name)
-    with quietly():
-        import diffusers
-
-        pipe = getattr(diffusers, pipeline_class).from_pretrained(folder, local_files_only=True)
+    with quietly(), weights_of(name, folder):
+        parts = dict(  # one by one, since a pipeline does not tell what its parts lacked
+            vae=load_whole(diffusers.AutoencoderKL, folder / "vae"),
+            unet=load_whole(diffusers.UNet2DConditionModel, folder / "unet"),
+            text_encoder=load_whole(CLIPTextModel, folder / "text_encoder"),
+        )
+        pipe = getattr(diffusers, pipeline_class).from_pretrained(folder, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_clip(folder: str | Path | None = None):
+    """(CLIPModel, tokenizer) of the scorer, shipped or from `folder`/scorer. Raises FileNotFoundError if damaged."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    folder = (WEIGHTS / "shapes" if folder is None else Path(folder)) / "scorer"
+    with quietly(), weights_of("shapes", folder):
+        return load_whole(CLIPModel, folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load_scorer(folder: str | Path | None = None) -> Callable[[Tensor, Sequence[str]], Tensor]:
@@ -159,13 +175,7 @@ def load_scorer(folder: str | Path | None = None) -> Callable[[Tensor, Sequence[
 
     A proxy: it can be fooled, and it knows little about relations.
     """
-    from transformers import AutoTokenizer, CLIPModel
-
-    folder = (WEIGHTS / "shapes" if folder is None else Path(folder)) / "scorer"
-    with quietly():
-        model = CLIPModel.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return clip_scorer(model, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return clip_scorer(*load_clip(folder), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclass(kw_only=True)

@@ -132,7 +132,11 @@ def tokenizer(num_prompts: int):
 
 
 def word_tokenizer(words: Sequence[str], **special):
-    """A transformers tokenizer whose tokens are whole words: ids in the order given, text split at spaces."""
+    """A transformers tokenizer whose tokens are whole words: ids in the order given, text split at spaces.
+
+    It gives input_ids and attention_mask alone: where transformers 4 has its way, token_type_ids come too, and a GPT-2
+    adds the embedding of token 0 to every other.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -140,4 +144,5 @@ def word_tokenizer(words: Sequence[str], **special):
 
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=special.get("unk_token", words[0])))
     core.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **special)
+    special = dict(clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"]) | special
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)

@@ -1,5 +1,7 @@
 """Small random models of the real classes, built locally: nothing is downloaded."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,8 +11,11 @@ def tokenizer(folder):
 
     words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
     words += [letter + "</w>" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocabulary, [], pad_token="<|endoftext|>", model_max_length=16)
+    files = folder / "words"  # transformers 4 and 5 agree on files, not on arguments
+    files.mkdir(exist_ok=True)
+    (files / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (files / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(files, pad_token="<|endoftext|>", model_max_length=16)
 
 
 def text_config(**extra):

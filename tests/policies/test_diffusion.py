@@ -125,7 +125,8 @@ def test_adapter_loads_in_diffusers_and_reproduces_the_images(sd, tmp_path, gene
     policy.save_adapter(tmp_path / "adapter")
     other = DiffusionPolicy.from_pipeline(base, num_steps=3, guidance_scale=1.0)
     assert (other.sample(PROMPTS, noise) - trained).abs().max() > 1e-3
-    base.load_lora_weights(tmp_path / "adapter")
+    # offline, diffusers 0.35 wants the file's name
+    base.load_lora_weights(tmp_path / "adapter", weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(other.sample(PROMPTS, noise), trained, atol=1e-5, rtol=1e-4)
 
 
@@ -141,7 +142,7 @@ def test_an_adapter_is_written_by_the_pipelines_own_class(tmp_path, monkeypatch)
     policy.save_adapter(tmp_path / "adapter")
     assert written == [type(pipe)]
     other = stable_diffusion_xl(tmp_path)
-    other.load_lora_weights(tmp_path / "adapter")
+    other.load_lora_weights(tmp_path / "adapter", weight_name="pytorch_lora_weights.safetensors")
     loaded = {name: p for name, p in other.unet.named_parameters() if "lora" in name}
     assert loaded and all(
         torch.equal(p, dict(pipe.unet.named_parameters())[name.replace("default_0", "default")])

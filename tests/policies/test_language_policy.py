@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from minialign.policies.architectures import cache_name, named_inputs
 from minialign.policies.language import LanguagePolicy, Responses
 
 WORDS = ["<pad>", "</s>", "<unk>", *"abcdefghijklm"]
@@ -485,7 +486,8 @@ class OldName(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
         self.caches.append(past_key_values)
-        return self.network(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=past_key_values)
+        cache = {cache_name(named_inputs(self.network)): past_key_values}
+        return self.network(input_ids, attention_mask=attention_mask, position_ids=position_ids, **cache)
 
 
 def test_the_cache_under_its_older_name():

@@ -1,14 +1,19 @@
 """What every world offers: policies by kind, each built once when it is asked for, or none at all."""
 
 import dataclasses
+import hashlib
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minialign import worlds
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
-from minialign.worlds.base import World
+from minialign.worlds import assistant, digits, patches, shapes
+from minialign.worlds.base import WEIGHTS, World
 
 
 def place(**settings):
@@ -75,3 +80,37 @@ def test_every_world_says_what_its_oracle_means(name):
     assert world.policy is world.policies[world.policy_kind]
     states = world.encode(samples)
     assert len(states) == 40 and not set(world.prompts) & set(world.held_out)
+
+
+# ---- weights left to chance
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "load"),
+    [
+        ("digits", "unet", lambda folder: digits.load_unet(folder)),
+        ("digits_edm", "unet", lambda folder: patches.denoiser("digits_edm", folder)),
+        ("patches", "unet", lambda folder: patches.denoiser("patches", folder)),
+        ("assistant", ".", lambda folder: assistant.load_model(folder)),
+        ("assistant", ".", lambda folder: assistant.reward_network("base", folder=folder)),
+        ("shapes", "scorer", lambda folder: shapes.load_scorer(folder)),
+        ("shapes", "text_encoder", lambda folder: shapes.load_pipeline(folder)),
+        ("shapes", "vae", lambda folder: shapes.load_pipeline(folder)),
+        ("shapes", "unet", lambda folder: shapes.load_pipeline(folder)),
+        ("shapes_lcm", "text_encoder", lambda folder: shapes.load_pipeline(folder, "consistency")),
+    ],
+)
+def test_a_file_without_one_of_its_weights_is_refused(tmp_path, name, part, load):
+    """The libraries would draw it at random. A true hash does not help: another library may call it otherwise."""
+    folder = shutil.copytree(WEIGHTS / name, tmp_path / name)
+    load(folder)
+    file = next(path for path in (folder / part).glob("*.safetensors") if path.stem != "answers")
+    weights = load_file(file)
+    lost = sorted(weights)[-1]
+    save_file({key: value for key, value in weights.items() if key != lost}, file, {"format": "pt"})
+    if (folder / "hashes.json").exists():
+        hashes = json.loads((folder / "hashes.json").read_text())
+        hashes[file.relative_to(folder).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+        (folder / "hashes.json").write_text(json.dumps(hashes))
+    with pytest.raises(FileNotFoundError, match=rf"missing are \S*{lost.rpartition('.')[2]}, .*pretrain {name}"):
+        load(folder)
