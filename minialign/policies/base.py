@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minialign.kernels import StepOut, add_noise, expand_as, gaussian_kl
 from minialign.policies.architectures import call_network
+from minialign.policies.border import refuse_zero_signal
 from minialign.policies.encoders import class_encoder, latent_shape_of
 from minialign.policies.noise import row_noise
 from minialign.policies.trainable import Trainable
@@ -25,11 +26,12 @@ class Policy(Trainable):
     encoder: distinct prompts -> (inputs[, unconditional inputs[, shared inputs]]), dicts of tensors: see `Encoded`; or
     give `class_names` for a class-conditional network (keyword `class_labels`; `null_class` is its label without
     condition), or neither. A prompt is anything hashable that the encoder knows.
-    guidance_scale g: e_u + g (e_c - e_u), 1 is off; a guided evaluation counts 2.
+    guidance_scale g: e_u + g (e_c - e_u), as diffusers has it: at or below 1 the prompt alone; a guided evaluation
+    counts 2.
     network_evaluations counts rows; a row that will be differentiated counts 3 (its backward pass costs 2 forward).
 
-    A subclass says what a step is: `set_num_steps` (the grid), `num_actions`, `step_from`, `check_density`; and what
-    its training loss is: `draw_levels`, `corrupt`, `training_error`.
+    A subclass says what a step is: `set_num_steps` and `_set_levels` (the grid), `num_actions`, `step_from`,
+    `check_density`; and what its training loss is: `draw_levels`, `corrupt`, `training_error`.
     """
 
     def __init__(
@@ -45,17 +47,10 @@ class Policy(Trainable):
         num_steps: int,
         guidance_scale: float | int,
     ):
-        if getattr(scheduler.config, "clip_sample", False):
-            raise ValueError(
-                "the scheduler has clip_sample=True: it would clamp the denoised sample, and with it the mean of the "
-                "transition. Pass type(scheduler).from_config(scheduler.config, clip_sample=False)."
-            )
         if class_names is not None and encoder is not None:
             raise ValueError("give an encoder or class_names, not both: either says what a prompt means.")
-        if guidance_scale != 1 and class_names is not None and null_class is None:
-            raise ValueError(
-                "guidance_scale != 1 needs null_class: the label that the network knows as 'no condition'."
-            )
+        if guidance_scale > 1 and class_names is not None and null_class is None:
+            raise ValueError("guidance_scale > 1 needs null_class: the label that the network knows as 'no condition'.")
         self.network = network.eval()  # dropout would make the ratio differ from 1 before the first update
         self.scheduler = scheduler
         self.latent_shape = tuple(latent_shape or latent_shape_of(network))
@@ -66,10 +61,17 @@ class Policy(Trainable):
         self._decoder = decoder
         self.set_num_steps(num_steps)
 
-    def _place(self) -> None:
-        """Where the network is, and the precision of states: float32 at least, or the first ratio is not 1."""
+    def _set_levels(self, timesteps: Tensor) -> None:
+        """The noise levels of a grid, where the network is. States are float32 at least, or the first ratio is not 1.
+
+        Raises ValueError for a level that is noise alone, if the network predicts the noise.
+        """
         parameter = next(self.network.parameters())
         self.device, self.state_dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+        self.timesteps = timesteps.to(self.device).long()
+        self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, self.state_dtype)
+        kind = self.scheduler.config.prediction_type
+        refuse_zero_signal(self._alphas_cumprod, self.timesteps, kind, type(self.scheduler))
 
     def to(self, device: torch.device | str) -> "Policy":
         """Moves the network (and the pipeline's other modules) in place; trajectories and noise follow it."""
@@ -78,7 +80,7 @@ class Policy(Trainable):
             self.pipeline.to(device)
         if self._frozen_copy is not None:
             self._frozen_copy.to(device)
-        self.set_num_steps(self.num_steps)
+        self._set_levels(self.timesteps)
         return self
 
     # ---------------------------------------------------------------- what is trained, and against which reference
@@ -121,7 +123,7 @@ class Policy(Trainable):
     def encode(self, prompts: Sequence, guided: bool | None = None) -> Condition:
         """The network's inputs for each prompt; equal prompts are encoded once. Raises ValueError for an empty list.
 
-        guided: whether to include the inputs without prompt; None: if guidance_scale is not 1.
+        guided: whether to include the inputs without prompt; None: if guidance_scale is above 1.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the string {prompts!r}; expected a list of strings: [{prompts!r}].")
@@ -136,7 +138,7 @@ class Policy(Trainable):
         row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
         encoded = Encoded(*self._encoder(list(row_of)))
-        guided = self.guidance_scale != 1 if guided is None else guided
+        guided = self.guidance_scale > 1 if guided is None else guided
         inputs, unconditional = (
             {name: value.to(self.device)[rows] for name, value in part.items()}
             for part in (encoded.inputs, encoded.unconditional if guided else {})
@@ -171,9 +173,10 @@ class Policy(Trainable):
     ) -> Tensor:
         """The same at any training timesteps (n,), on the sampler's grid or not.
 
-        guidance_scale: the policy's own by default; another for all, 1 being off; or (n,), a row its own.
+        guidance_scale: the policy's own by default; another for all, 1 being off; or (n,), a row its own. One that is
+        given here is put into the formula, even below 1.
         """
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        scale = max(self.guidance_scale, 1.0) if guidance_scale is None else guidance_scale
         if not isinstance(scale, Tensor) and scale == 1:
             return self._call(states, timesteps, condition.inputs | condition.shared, reference)
         if condition.unconditional.keys() != condition.inputs.keys():
