@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from minialign.kernels import StepOut, add_noise, expand_as, gaussian_kl
+from minialign.policies import adapters
 from minialign.policies.architectures import call_network
-from minialign.policies.border import refuse_zero_signal
+from minialign.policies.border import refuse_half, refuse_zero_signal
 from minialign.policies.encoders import class_encoder, latent_shape_of
 from minialign.policies.noise import row_noise
-from minialign.policies.trainable import Trainable
+from minialign.policies.trainable import TRAINABLE, Trainable
 from minialign.policies.trajectory import Condition, Encoded, Trajectory
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -85,38 +86,87 @@ class Policy(Trainable):
 
     # ---------------------------------------------------------------- what is trained, and against which reference
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable ones. Raises ValueError when there is none, for half precision, and see `Trainable`."""
+        trainable = super().parameters()
+        refuse_half(trainable)
+        return trainable
+
+    def train_all_weights(self) -> None:
+        """Makes every weight of the network trainable, and keeps a frozen copy of it as the reference.
+
+        Raises ValueError for a network in half precision, and for one with an adapter.
+        """
+        refuse_half(list(self.network.parameters()))
+        super().train_all_weights()
+
     def add_lora(
         self, rank: int = 4, alpha: int | None = None, target_modules: Sequence[str] = ATTENTION, seed: int = 0
     ) -> None:
-        """Freezes the network and adds a LoRA adapter (peft), zero at first. Reference: the network without it."""
-        from peft import LoraConfig, inject_adapter_in_model
+        """Freezes the network and adds a LoRA adapter (peft), zero at first. Reference: the network without it.
 
-        self.network.requires_grad_(False)
+        The adapter is float32 whatever the network. Raises ValueError if there is one already, or if all weights train.
+        """
+        from peft import LoraConfig
+
+        self._refuse_trained("add_lora")
         config = LoraConfig(
             r=rank, lora_alpha=alpha or rank, target_modules=list(target_modules), init_lora_weights="gaussian"
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            add = getattr(self.network, "add_adapter", None)
-            add(config) if add else inject_adapter_in_model(config, self.network)
+            adapters.put_in(self.network, config)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Writes what was trained: LoRA in the format of diffusers' `load_lora_weights`, else all trainable weights.
 
-        LoRA is written by the pipeline's own class; of a bare network, as a StableDiffusionPipeline's.
+        LoRA is written by the pipeline's own class; of a bare network, as a StableDiffusionPipeline's. `load_adapter`
+        reads either. A whole pipeline is written by its own save_pretrained, after `merge`.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if not self._adapters():
+        self.parameters()  # refuses what an adapter's file would not hold
+        name = self._active_adapter(self._adapters())
+        (Path(folder) / (TRAINABLE if name else adapters.LORA)).unlink(
+            missing_ok=True
+        )  # an earlier one of the other kind
+        if name:
+            adapters.write(self.network, name, self.pipeline, folder)
+        else:
             self._save_trainable(folder)
-            return
-        from diffusers import StableDiffusionPipeline
-        from peft import get_peft_model_state_dict
 
-        # in peft's own key names: diffusers' converter renames attention alone, and its loader then misses the rest
-        layers = get_peft_model_state_dict(self.network)
-        config = self.network.peft_config["default"].to_dict()  # rank and alpha: without them the scale would be lost
-        kind = StableDiffusionPipeline if self.pipeline is None else type(self.pipeline)
-        kind.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+    def load_adapter(self, folder: str | Path) -> None:
+        """What `save_adapter` wrote, to be trained further; in the place of add_lora or train_all_weights.
+
+        Reference: the network as it was before. Raises ValueError for what another network's policy wrote, and leaves
+        the network as it was; FileNotFoundError where there is nothing.
+        """
+        if (Path(folder) / TRAINABLE).exists():
+            self._load_trainable(folder)
+        elif (Path(folder) / adapters.LORA).exists():
+            self._refuse_trained("load_adapter")
+            adapters.read(self.network, self.pipeline, folder)
+        else:
+            raise FileNotFoundError(f"{folder} has no {adapters.LORA} and no {TRAINABLE}: nothing was saved there.")
+
+    def merge(self) -> None:
+        """Makes what was trained the base: folds the adapter into the weights, and forgets the reference.
+
+        Nothing trains afterwards, until add_lora or train_all_weights is called again, and `pipeline.save_pretrained`
+        writes what was trained. Raises ValueError if nothing is.
+        """
+        self.parameters()
+        if name := self._active_adapter(self._adapters()):
+            adapters.take_out(self.network, name, merge=True)
+        self._frozen_copy = None
+        self.network.requires_grad_(False)
+
+    def _refuse_trained(self, call: str) -> None:
+        self._refuse_adapters()
+        if self._frozen_copy is not None:
+            raise ValueError(
+                f"all weights of this policy train: {call} would leave them out of what is saved. Call policy.merge() "
+                "before, which makes them the base."
+            )
 
     # ---------------------------------------------------------------- the policy
 
