@@ -3,7 +3,10 @@
 diffusers' conditional UNets bring all of this with them; a UNet2DModel, or a module of one's own, none of it.
 """
 
+import copy
+from functools import wraps
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import nn
@@ -20,6 +23,19 @@ def put_in(network: nn.Module, config) -> None:
     add = getattr(network, "add_adapter", None)
     add(config, NAME) if add else inject_adapter_in_model(config, network, NAME)
     cast_adapter_dtype(network, NAME)
+    if hasattr(network, "save_pretrained"):
+        save = wraps(type(network).save_pretrained)(_save_merged)  # pipelines look which arguments it takes
+        network.save_pretrained = MethodType(save, network)
+
+
+def _save_merged(network: nn.Module, *args, **kwargs) -> None:
+    """The weights with the adapter folded in, so that a pipeline saved while it trains draws the same pictures.
+
+    diffusers would write peft's own layers, which its from_pretrained cannot read.
+    """
+    merged = copy.deepcopy(network)
+    take_out(merged, NAME, merge=True)
+    merged.save_pretrained(*args, **kwargs)
 
 
 def write(network: nn.Module, name: str, pipeline, folder: str | Path) -> None:
@@ -82,6 +98,7 @@ def take_out(network: nn.Module, name: str, merge: bool) -> None:
             continue
         parent, _, child = path.rpartition(".")
         setattr(network.get_submodule(parent), child, inner)
+    network.__dict__.pop("save_pretrained", None)
     getattr(network, "unload_lora", lambda: None)()  # diffusers' own record of its adapters
     if hasattr(network, "peft_config"):
         del network.peft_config

@@ -121,7 +121,7 @@ class Policy(Trainable):
         """Writes what was trained: LoRA in the format of diffusers' `load_lora_weights`, else all trainable weights.
 
         LoRA is written by the pipeline's own class; of a bare network, as a StableDiffusionPipeline's. `load_adapter`
-        reads either. A whole pipeline is written by its own save_pretrained, after `merge`.
+        reads either. A whole pipeline is written by its own save_pretrained, with the adapter folded into the weights.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.parameters()  # refuses what an adapter's file would not hold
@@ -151,8 +151,7 @@ class Policy(Trainable):
     def merge(self) -> None:
         """Makes what was trained the base: folds the adapter into the weights, and forgets the reference.
 
-        Nothing trains afterwards, until add_lora or train_all_weights is called again, and `pipeline.save_pretrained`
-        writes what was trained. Raises ValueError if nothing is.
+        Nothing trains afterwards, until add_lora or train_all_weights is called again. Raises ValueError if nothing is.
         """
         self.parameters()
         if name := self._active_adapter(self._adapters()):

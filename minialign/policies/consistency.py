@@ -22,6 +22,7 @@ from minialign.kernels import (
     lcm_guidance,
     squared_error,
 )
+from minialign.policies import adapters
 from minialign.policies.base import Policy
 from minialign.policies.border import check_pipeline, understood
 from minialign.policies.encoders import pipeline_modules
@@ -66,7 +67,7 @@ class ConsistencyPolicy(Policy):
     def from_diffusion(
         cls, policy: Policy, *, num_steps: int = 4, solver_steps: int = 50, guidance_dim: int | None = None
     ):
-        """The undistilled student of a diffusion policy: a copy of its network, asked for a whole jump.
+        """The undistilled student of a diffusion policy: a copy of its network as it is now, asked for a whole jump.
 
         Its f is the denoised guess, the mean of all that could follow. solver_steps: of the grid that it will be
         distilled on, from which the sampler's timesteps are chosen. guidance_dim: give a UNet an embedding of the
@@ -75,6 +76,8 @@ class ConsistencyPolicy(Policy):
         from diffusers import LCMScheduler
 
         network = copy.deepcopy(policy.network)
+        if adapter := policy._active_adapter(policy._adapters()):
+            adapters.take_out(network, adapter, merge=True)
         if guidance_dim:
             network = type(network).from_config(network.config, time_cond_proj_dim=guidance_dim)
             network.load_state_dict(policy.network.state_dict(), strict=False)
