@@ -79,8 +79,9 @@ class ConsistencyPolicy(Policy):
         if adapter := policy._active_adapter(policy._adapters()):
             adapters.take_out(network, adapter, merge=True)
         if guidance_dim:
+            weights = network.state_dict()
             network = type(network).from_config(network.config, time_cond_proj_dim=guidance_dim)
-            network.load_state_dict(policy.network.state_dict(), strict=False)
+            network.load_state_dict(weights, strict=False)
             network.time_embedding.cond_proj.weight.data.zero_()
         scheduler = LCMScheduler.from_config(
             policy.scheduler.config, clip_sample=False, original_inference_steps=solver_steps
