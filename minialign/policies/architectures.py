@@ -43,10 +43,15 @@ CALLS = {
 
 
 def call_network(network: nn.Module, states: Tensor, timesteps: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """The network's output (n, *latent) at states, in the network's own precision. Subclasses are called alike."""
+    """The network's output (n, *latent) at states; it and all its inputs in the network's own precision.
+
+    Subclasses are called alike.
+    """
+    dtype = next(network.parameters()).dtype
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     names = [kind.__name__ for kind in type(network).__mro__]
     call = next((CALLS[name] for name in names if name in CALLS), positional)
-    output = call(network, states.to(next(network.parameters()).dtype), timesteps, inputs)
+    output = call(network, states.to(dtype), timesteps, inputs)
     return getattr(output, "sample", output)
 
 

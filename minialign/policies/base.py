@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from minialign.kernels import StepOut, add_noise, expand_as, gaussian_kl
+from minialign.policies import adapters
 from minialign.policies.architectures import call_network
+from minialign.policies.border import refuse_half, refuse_zero_signal
 from minialign.policies.encoders import class_encoder, latent_shape_of
 from minialign.policies.noise import row_noise
-from minialign.policies.trainable import Trainable
+from minialign.policies.trainable import TRAINABLE, Trainable
 from minialign.policies.trajectory import Condition, Encoded, Trajectory
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -25,11 +27,12 @@ class Policy(Trainable):
     encoder: distinct prompts -> (inputs[, unconditional inputs[, shared inputs]]), dicts of tensors: see `Encoded`; or
     give `class_names` for a class-conditional network (keyword `class_labels`; `null_class` is its label without
     condition), or neither. A prompt is anything hashable that the encoder knows.
-    guidance_scale g: e_u + g (e_c - e_u), 1 is off; a guided evaluation counts 2.
+    guidance_scale g: e_u + g (e_c - e_u), as diffusers has it: at or below 1 the prompt alone; a guided evaluation
+    counts 2.
     network_evaluations counts rows; a row that will be differentiated counts 3 (its backward pass costs 2 forward).
 
-    A subclass says what a step is: `set_num_steps` (the grid), `num_actions`, `step_from`, `check_density`; and what
-    its training loss is: `draw_levels`, `corrupt`, `training_error`.
+    A subclass says what a step is: `set_num_steps` and `_set_levels` (the grid), `num_actions`, `step_from`,
+    `check_density`; and what its training loss is: `draw_levels`, `corrupt`, `training_error`.
     """
 
     def __init__(
@@ -45,17 +48,10 @@ class Policy(Trainable):
         num_steps: int,
         guidance_scale: float | int,
     ):
-        if getattr(scheduler.config, "clip_sample", False):
-            raise ValueError(
-                "the scheduler has clip_sample=True: it would clamp the denoised sample, and with it the mean of the "
-                "transition. Pass type(scheduler).from_config(scheduler.config, clip_sample=False)."
-            )
         if class_names is not None and encoder is not None:
             raise ValueError("give an encoder or class_names, not both: either says what a prompt means.")
-        if guidance_scale != 1 and class_names is not None and null_class is None:
-            raise ValueError(
-                "guidance_scale != 1 needs null_class: the label that the network knows as 'no condition'."
-            )
+        if guidance_scale > 1 and class_names is not None and null_class is None:
+            raise ValueError("guidance_scale > 1 needs null_class: the label that the network knows as 'no condition'.")
         self.network = network.eval()  # dropout would make the ratio differ from 1 before the first update
         self.scheduler = scheduler
         self.latent_shape = tuple(latent_shape or latent_shape_of(network))
@@ -66,10 +62,17 @@ class Policy(Trainable):
         self._decoder = decoder
         self.set_num_steps(num_steps)
 
-    def _place(self) -> None:
-        """Where the network is, and the precision of states: float32 at least, or the first ratio is not 1."""
+    def _set_levels(self, timesteps: Tensor) -> None:
+        """The noise levels of a grid, where the network is. States are float32 at least, or the first ratio is not 1.
+
+        Raises ValueError for a level that is noise alone, if the network predicts the noise.
+        """
         parameter = next(self.network.parameters())
         self.device, self.state_dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+        self.timesteps = timesteps.to(self.device).long()
+        self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, self.state_dtype)
+        kind = self.scheduler.config.prediction_type
+        refuse_zero_signal(self._alphas_cumprod, self.timesteps, kind, type(self.scheduler))
 
     def to(self, device: torch.device | str) -> "Policy":
         """Moves the network (and the pipeline's other modules) in place; trajectories and noise follow it."""
@@ -78,50 +81,98 @@ class Policy(Trainable):
             self.pipeline.to(device)
         if self._frozen_copy is not None:
             self._frozen_copy.to(device)
-        self.set_num_steps(self.num_steps)
+        self._set_levels(self.timesteps)
         return self
 
     # ---------------------------------------------------------------- what is trained, and against which reference
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable ones. Raises ValueError when there is none, for half precision, and see `Trainable`."""
+        trainable = super().parameters()
+        refuse_half(trainable)
+        return trainable
+
+    def train_all_weights(self) -> None:
+        """Makes every weight of the network trainable, and keeps a frozen copy of it as the reference.
+
+        Raises ValueError for a network in half precision, and for one with an adapter.
+        """
+        refuse_half(list(self.network.parameters()))
+        super().train_all_weights()
+
     def add_lora(
         self, rank: int = 4, alpha: int | None = None, target_modules: Sequence[str] = ATTENTION, seed: int = 0
     ) -> None:
-        """Freezes the network and adds a LoRA adapter (peft), zero at first. Reference: the network without it."""
-        from peft import LoraConfig, inject_adapter_in_model
+        """Freezes the network and adds a LoRA adapter (peft), zero at first. Reference: the network without it.
 
-        self.network.requires_grad_(False)
+        The adapter is float32 whatever the network. Raises ValueError if there is one already, or if all weights train.
+        """
+        from peft import LoraConfig
+
+        self._refuse_trained("add_lora")
         config = LoraConfig(
             r=rank, lora_alpha=alpha or rank, target_modules=list(target_modules), init_lora_weights="gaussian"
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            add = getattr(self.network, "add_adapter", None)
-            add(config) if add else inject_adapter_in_model(config, self.network)
+            adapters.put_in(self.network, config)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Writes what was trained: LoRA in the format of diffusers' `load_lora_weights`, else all trainable weights.
 
-        LoRA is written by the pipeline's own class; of a bare network, as a StableDiffusionPipeline's.
+        LoRA is written by the pipeline's own class; of a bare network, as a StableDiffusionPipeline's. `load_adapter`
+        reads either. A whole pipeline is written by its own save_pretrained, with the adapter folded into the weights.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if not self._adapters():
+        self.parameters()  # refuses what an adapter's file would not hold
+        name = self._active_adapter(self._adapters())
+        (Path(folder) / (TRAINABLE if name else adapters.LORA)).unlink(
+            missing_ok=True
+        )  # an earlier one of the other kind
+        if name:
+            adapters.write(self.network, name, self.pipeline, folder)
+        else:
             self._save_trainable(folder)
-            return
-        from diffusers import StableDiffusionPipeline
-        from peft import get_peft_model_state_dict
 
-        # in peft's own key names: diffusers' converter renames attention alone, and its loader then misses the rest
-        layers = get_peft_model_state_dict(self.network)
-        config = self.network.peft_config["default"].to_dict()  # rank and alpha: without them the scale would be lost
-        kind = StableDiffusionPipeline if self.pipeline is None else type(self.pipeline)
-        kind.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+    def load_adapter(self, folder: str | Path) -> None:
+        """What `save_adapter` wrote, to be trained further; in the place of add_lora or train_all_weights.
+
+        Reference: the network as it was before. Raises ValueError for what another network's policy wrote, and leaves
+        the network as it was; FileNotFoundError where there is nothing.
+        """
+        if (Path(folder) / TRAINABLE).exists():
+            self._load_trainable(folder)
+        elif (Path(folder) / adapters.LORA).exists():
+            self._refuse_trained("load_adapter")
+            adapters.read(self.network, self.pipeline, folder)
+        else:
+            raise FileNotFoundError(f"{folder} has no {adapters.LORA} and no {TRAINABLE}: nothing was saved there.")
+
+    def merge(self) -> None:
+        """Makes what was trained the base: folds the adapter into the weights, and forgets the reference.
+
+        Nothing trains afterwards, until add_lora or train_all_weights is called again. Raises ValueError if nothing is.
+        """
+        self.parameters()
+        if name := self._active_adapter(self._adapters()):
+            adapters.take_out(self.network, name, merge=True)
+        self._frozen_copy = None
+        self.network.requires_grad_(False)
+
+    def _refuse_trained(self, call: str) -> None:
+        self._refuse_adapters()
+        if self._frozen_copy is not None:
+            raise ValueError(
+                f"all weights of this policy train: {call} would leave them out of what is saved. Call policy.merge() "
+                "before, which makes them the base."
+            )
 
     # ---------------------------------------------------------------- the policy
 
     def encode(self, prompts: Sequence, guided: bool | None = None) -> Condition:
         """The network's inputs for each prompt; equal prompts are encoded once. Raises ValueError for an empty list.
 
-        guided: whether to include the inputs without prompt; None: if guidance_scale is not 1.
+        guided: whether to include the inputs without prompt; None: if guidance_scale is above 1.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the string {prompts!r}; expected a list of strings: [{prompts!r}].")
@@ -136,7 +187,7 @@ class Policy(Trainable):
         row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
         encoded = Encoded(*self._encoder(list(row_of)))
-        guided = self.guidance_scale != 1 if guided is None else guided
+        guided = self.guidance_scale > 1 if guided is None else guided
         inputs, unconditional = (
             {name: value.to(self.device)[rows] for name, value in part.items()}
             for part in (encoded.inputs, encoded.unconditional if guided else {})
@@ -171,9 +222,10 @@ class Policy(Trainable):
     ) -> Tensor:
         """The same at any training timesteps (n,), on the sampler's grid or not.
 
-        guidance_scale: the policy's own by default; another for all, 1 being off; or (n,), a row its own.
+        guidance_scale: the policy's own by default; another for all, 1 being off; or (n,), a row its own. One that is
+        given here is put into the formula, even below 1.
         """
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        scale = max(self.guidance_scale, 1.0) if guidance_scale is None else guidance_scale
         if not isinstance(scale, Tensor) and scale == 1:
             return self._call(states, timesteps, condition.inputs | condition.shared, reference)
         if condition.unconditional.keys() != condition.inputs.keys():
@@ -195,23 +247,12 @@ class Policy(Trainable):
 
     @torch.no_grad()
     def _reference_call(self, states: Tensor, timesteps: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        if self._frozen_copy is not None:
-            return call_network(self._frozen_copy, states, timesteps, inputs)
-        if hasattr(self.network, "reference_forward"):  # exact worlds: the analytic score without its residual
+        # exact worlds: the analytic score without its residual
+        if self._frozen_copy is None and hasattr(self.network, "reference_forward"):
             states = states.to(next(self.network.parameters()).dtype)
             return self.network.reference_forward(states, timesteps, **inputs)
-        adapters = self._adapters()
-        if not adapters:
-            raise ValueError(
-                "this policy has no reference: call policy.add_lora() or policy.train_all_weights() before training."
-            )
-        for module in adapters:
-            module.enable_adapters(False)
-        try:
-            return call_network(self.network, states, timesteps, inputs)
-        finally:
-            for module in adapters:
-                module.enable_adapters(True)
+        with self.reference_weights() as network:
+            return call_network(network, states, timesteps, inputs)
 
     def step(
         self,

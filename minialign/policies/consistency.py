@@ -22,26 +22,32 @@ from minialign.kernels import (
     lcm_guidance,
     squared_error,
 )
+from minialign.policies import adapters
 from minialign.policies.base import Policy
-from minialign.policies.encoders import check_pipeline, pipeline_modules
+from minialign.policies.border import check_pipeline, understood
+from minialign.policies.encoders import pipeline_modules
 from minialign.policies.trajectory import Condition
 
 
 class ConsistencyPolicy(Policy):
     """Any diffusers UNet (or module called as `network(x, t, **condition)`) as a consistency function; an LCMScheduler.
 
-    guidance_scale g: where the network embeds it (`time_cond_proj_dim`), w = g - 1 goes in as `timestep_cond` and no
-    second pass is made; elsewhere e_u + g (e_c - e_u), 1 is off. terminal_std: see the module. The other settings are
-    `Policy`'s; num_steps is H, the number of network calls.
+    A scheduler of another family (`border.FAMILY`) is replaced by an LCMScheduler on the same noise levels.
+    guidance_scale g: where the network embeds it (`time_cond_proj_dim`), w = g - 1 goes in as `timestep_cond`, whatever
+    its sign, and no second pass is made; elsewhere e_u + g (e_c - e_u), and at or below 1 the prompt alone.
+    terminal_std: see the module. The other settings are `Policy`'s; num_steps is H, the number of network calls.
     """
 
     def __init__(
         self, network, scheduler, *, num_steps: int = 4, guidance_scale: float | int = 1.0, terminal_std=0.0, **modules
     ):
+        from diffusers import LCMScheduler
+
         self.terminal_std = float(terminal_std)
         self.guidance_dim = getattr(getattr(network, "config", None), "time_cond_proj_dim", None)
         self.embedded_guidance = float(guidance_scale)
         outside = 1.0 if self.guidance_dim else guidance_scale
+        scheduler = understood(scheduler, LCMScheduler)
         super().__init__(network, scheduler, num_steps=num_steps, guidance_scale=outside, **modules)
 
     @classmethod
@@ -51,16 +57,9 @@ class ConsistencyPolicy(Policy):
         Its modules are used, not copied, and frozen. guidance_scale is diffusers' (RLCM: 8). `decode_rows`: latents per
         call of the autoencoder.
         """
-        from diffusers import LCMScheduler
-
         check_pipeline(pipe)
-        scheduler = pipe.scheduler
-        if not isinstance(scheduler, LCMScheduler):
-            scheduler = LCMScheduler.from_config(
-                scheduler.config, clip_sample=scheduler.config.get("clip_sample", False)
-            )
         modules = pipeline_modules(pipe, decode_rows)
-        policy = cls(pipe.unet, scheduler, num_steps=num_steps, guidance_scale=guidance_scale, **modules)
+        policy = cls(pipe.unet, pipe.scheduler, num_steps=num_steps, guidance_scale=guidance_scale, **modules)
         policy.pipeline = pipe
         return policy
 
@@ -68,7 +67,7 @@ class ConsistencyPolicy(Policy):
     def from_diffusion(
         cls, policy: Policy, *, num_steps: int = 4, solver_steps: int = 50, guidance_dim: int | None = None
     ):
-        """The undistilled student of a diffusion policy: a copy of its network, asked for a whole jump.
+        """The undistilled student of a diffusion policy: a copy of its network as it is now, asked for a whole jump.
 
         Its f is the denoised guess, the mean of all that could follow. solver_steps: of the grid that it will be
         distilled on, from which the sampler's timesteps are chosen. guidance_dim: give a UNet an embedding of the
@@ -77,9 +76,12 @@ class ConsistencyPolicy(Policy):
         from diffusers import LCMScheduler
 
         network = copy.deepcopy(policy.network)
+        if adapter := policy._active_adapter(policy._adapters()):
+            adapters.take_out(network, adapter, merge=True)
         if guidance_dim:
+            weights = network.state_dict()
             network = type(network).from_config(network.config, time_cond_proj_dim=guidance_dim)
-            network.load_state_dict(policy.network.state_dict(), strict=False)
+            network.load_state_dict(weights, strict=False)
             network.time_embedding.cond_proj.weight.data.zero_()
         scheduler = LCMScheduler.from_config(
             policy.scheduler.config, clip_sample=False, original_inference_steps=solver_steps
@@ -95,12 +97,15 @@ class ConsistencyPolicy(Policy):
         """Chooses H and with it `timesteps` (H,), as the LCMScheduler spaces them, or those given (descending)."""
         if timesteps is None:
             self.scheduler.set_timesteps(num_steps)
+        elif len(timesteps) != num_steps:
+            raise ValueError(f"num_steps is {num_steps}, but there are {len(timesteps)} timesteps.")
         else:
             self.scheduler.set_timesteps(timesteps=timesteps)
-        self._place()
         self.num_steps = num_steps
-        self.timesteps = self.scheduler.timesteps.to(self.device).long()
-        self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, self.state_dtype)
+        self._set_levels(self.scheduler.timesteps)
+
+    def _set_levels(self, timesteps: Tensor) -> None:
+        super()._set_levels(timesteps)
         following = self._alphas_cumprod[self.timesteps[1:]]
         self._signal = torch.cat([following.sqrt(), following.new_ones(1)])  # the last call's output is kept as it is
         self._next_noise = (1 - following).sqrt()

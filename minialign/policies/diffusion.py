@@ -12,29 +12,31 @@ import torch
 from torch import Tensor
 
 from minialign.kernels import StepOut, ddim_alpha_bars, ddim_std, ddim_step, prediction_target, squared_error
-from minialign.policies.base import (
-    ATTENTION,
-    EVERYWHERE,
-    Policy,
-)
-from minialign.policies.encoders import check_pipeline, pipeline_modules
+from minialign.policies.base import ATTENTION, EVERYWHERE, Policy
+from minialign.policies.border import check_pipeline, repair, unconditional, understood
+from minialign.policies.encoders import pipeline_modules
 from minialign.policies.trajectory import Condition, Trajectory
 
 __all__ = ["ATTENTION", "EVERYWHERE", "Condition", "DiffusionPolicy", "Trajectory"]
 
 
 class DiffusionPolicy(Policy):
-    """Any diffusers UNet (or module called as `network(x, t, **condition)`) with a DDIM-family scheduler.
+    """Any diffusers UNet (or module called as `network(x, t, **condition)`) with a scheduler's noise levels.
 
-    eta: 1 is DDPM, 0 has no density. The other settings are `Policy`'s.
+    eta: 1 is DDPM, 0 has no density. The other settings are `Policy`'s. A scheduler of another family (`border.FAMILY`)
+    is replaced by DDIM on the same noise levels.
 
-    Raises ValueError for a scheduler that clips samples (the density would be that of another mean).
+    Raises ValueError for a scheduler's setting that would not be heard: one that clips samples, for example, for the
+    density would be that of another mean.
     """
 
     def __init__(
         self, network, scheduler, *, num_steps: int = 20, eta: float | int = 1.0, guidance_scale=1.0, **modules
     ):
+        from diffusers import DDIMScheduler
+
         self.eta = float(eta)
+        scheduler = understood(scheduler, DDIMScheduler)
         super().__init__(network, scheduler, num_steps=num_steps, guidance_scale=guidance_scale, **modules)
 
     @classmethod
@@ -44,26 +46,29 @@ class DiffusionPolicy(Policy):
         *,
         num_steps: int = 20,
         eta: float | int = 1.0,
-        guidance_scale: float | int = 5.0,
+        guidance_scale: float | int | None = None,
         decode_rows: int = 64,
     ):
         """Wraps a StableDiffusion- or StableDiffusionXL-like pipeline; its modules are used, not copied, and frozen.
 
-        A scheduler of another family is replaced by DDIM on the same noise levels. `decode_rows`: latents per VAE call.
+        Pipelines of a UNet alone (DDPMPipeline, DDIMPipeline) give a policy of pixels, for which prompts mean nothing.
+        guidance_scale is diffusers': at or below 1 the prompt alone; 5 by default, 1 where prompts mean nothing.
+        decode_rows: latents per VAE call. Pictures are those of the pipeline before its safety checker and watermark.
         """
-        from diffusers import DDIMScheduler
-
         check_pipeline(pipe)
         if getattr(pipe.unet.config, "time_cond_proj_dim", None):
             raise ValueError(
                 f"cannot wrap {type(pipe).__name__}: its UNet embeds the guidance scale; it is a consistency model."
             )
-        scheduler = pipe.scheduler
-        if not isinstance(scheduler, DDIMScheduler):
-            clip = scheduler.config.get("clip_sample", False)
-            scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=clip)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if unconditional(pipe) else 5.0
+        elif guidance_scale > 1 and unconditional(pipe):
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}, but {type(pipe).__name__} takes no prompts to be guided by: "
+                "leave it out."
+            )
         modules = pipeline_modules(pipe, decode_rows)
-        policy = cls(pipe.unet, scheduler, num_steps=num_steps, eta=eta, guidance_scale=guidance_scale, **modules)
+        policy = cls(pipe.unet, pipe.scheduler, num_steps=num_steps, eta=eta, guidance_scale=guidance_scale, **modules)
         policy.pipeline = pipe
         return policy
 
@@ -71,13 +76,14 @@ class DiffusionPolicy(Policy):
         """Chooses the time grid, as the scheduler spaces it: `timesteps` (S,), descending, and their noise levels."""
         self.scheduler.set_timesteps(num_steps)
         self.num_steps = num_steps
-        self._place()
-        self.timesteps = self.scheduler.timesteps.to(self.device).long()
-        self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, self.state_dtype)
+        self._set_levels(self.scheduler.timesteps)
+
+    def _set_levels(self, timesteps: Tensor) -> None:
+        super()._set_levels(timesteps)
         self._alpha_bar, self._alpha_bar_next = ddim_alpha_bars(
             self._alphas_cumprod,
             self.timesteps,
-            self.scheduler.config.num_train_timesteps // num_steps,
+            self.scheduler.config.num_train_timesteps // self.num_steps,
             float(getattr(self.scheduler, "final_alpha_cumprod", 1.0)),
         )
 
@@ -101,8 +107,8 @@ class DiffusionPolicy(Policy):
         if zero:
             raise ValueError(
                 f"step {zero[0]} (timestep {int(self.timesteps[zero[0]])}) is deterministic (std = 0), so it has no "
-                "log-probability: pass type(scheduler).from_config(scheduler.config, steps_offset=1, "
-                "set_alpha_to_one=False)."
+                "log-probability. "
+                + repair(type(self.scheduler), timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
             )
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -1,5 +1,6 @@
-"""The border of a denoising policy: how prompts become inputs and latents images, what a pipeline must have."""
+"""How prompts become a network's inputs, and its latents images, as the pipeline does it."""
 
+import copy
 import difflib
 from collections.abc import Hashable, Sequence
 
@@ -7,32 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32
+from minialign.policies.border import unconditional
 from minialign.policies.trajectory import Encoded
-
-
-def check_pipeline(pipe) -> None:
-    """Raises ValueError for what is no text-to-image pipeline with a UNet and an autoencoder."""
-    missing = [part for part in ("unet", "vae", "scheduler", "tokenizer") if getattr(pipe, part, None) is None]
-    if missing or not hasattr(pipe, "encode_prompt"):
-        hint = " It has a transformer: flow models are not diffusion policies." if hasattr(pipe, "transformer") else ""
-        raise ValueError(
-            f"cannot wrap {type(pipe).__name__}: it has no {', '.join(missing) or 'encode_prompt'}.{hint} Expected "
-            "a pipeline like StableDiffusionPipeline, or build DiffusionPolicy(network, scheduler, ...) by hand."
-        )
-    channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels != latent:
-        raise ValueError(
-            f"cannot wrap {type(pipe).__name__}: its UNet takes {channels} channels, its VAE gives {latent}. "
-            "Inpainting and image-conditioned UNets need extra channels in every call; use a text-to-image one."
-        )
 
 
 def pipeline_modules(pipe, decode_rows: int) -> dict:
     """Encoder and decoder of a pipeline, its modules frozen. `decode_rows`: latents per call of the autoencoder."""
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-        if module is not None:
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if (module := getattr(pipe, name, None)) is not None:
             module.requires_grad_(False).eval()
-    return {"encoder": _pipeline_encoder(pipe), "decoder": _vae_decoder(pipe.vae, decode_rows)}
+    if unconditional(pipe):
+        return {"decoder": to_pixels}
+    return {"encoder": _pipeline_encoder(pipe), "decoder": _vae_decoder(pipe, decode_rows)}
 
 
 def latent_shape_of(network: nn.Module) -> tuple[int, ...]:
@@ -41,8 +28,12 @@ def latent_shape_of(network: nn.Module) -> tuple[int, ...]:
         raise ValueError(
             f"{type(network).__name__} does not say the shape of its samples: pass latent_shape=(channels, h, w)."
         )
-    size = config.sample_size
-    return (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    return (config.in_channels, *height_and_width(config.sample_size))
+
+
+def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """What diffusers' configs mean by a sample's size: the side of a square, or (height, width)."""
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
 
 
 def class_encoder(class_names: Sequence[Hashable] | None, null_class: int | None):
@@ -74,8 +65,10 @@ def _pipeline_encoder(pipe):
         )
         inputs, unconditional = {"encoder_hidden_states": encoded[0]}, {"encoder_hidden_states": encoded[1]}
         if len(encoded) == 4:
-            side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-            time_ids = encoded[0].new_tensor([[side, side, 0, 0, side, side]]).expand(len(prompts), 6)
+            size = tuple(side * pipe.vae_scale_factor for side in height_and_width(pipe.unet.config.sample_size))
+            projection = encoded[2].shape[-1]
+            time_ids = pipe._get_add_time_ids(size, (0, 0), size, encoded[0].dtype, projection)
+            time_ids = time_ids.to(encoded[0].device).expand(len(prompts), -1)
             inputs |= {"text_embeds": encoded[2], "time_ids": time_ids}
             unconditional |= {"text_embeds": encoded[3], "time_ids": time_ids}
         return Encoded(inputs, unconditional)
@@ -83,12 +76,46 @@ def _pipeline_encoder(pipe):
     return encode
 
 
-def _vae_decoder(vae, rows: int):
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+def latent_units(config) -> tuple[Tensor | float, Tensor | float]:
+    """(scale, shift) of an autoencoder's config: its own latents are scale times the UNet's, plus shift."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return 1 / config.scaling_factor, config.get("shift_factor") or 0.0
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return std / config.scaling_factor, mean
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """From [-1, 1], as networks have it, to [0, 1], in float32 at least."""
+    return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
+
+
+def _vae_decoder(pipe, rows: int):
+    """As the pipeline decodes. One that overflows in float16 (force_upcast) works on a float32 copy, made here."""
+    vae = pipe.vae
+    _check_units(pipe)
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+        vae = copy.deepcopy(vae).float()
+    scale, shift = latent_units(vae.config)
 
     def decode(latents: Tensor) -> Tensor:
-        latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
-        images = torch.cat([vae.decode(part).sample for part in latents.split(rows)])
-        return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
+        vae.to(latents.device)
+        own = latents * scale + shift if isinstance(scale, float) else latents * scale.to(latents) + shift.to(latents)
+        own = own.to(vae.dtype)
+        return to_pixels(torch.cat([vae.decode(part).sample for part in own.split(rows)]))
 
     return decode
+
+
+def _check_units(pipe) -> None:
+    """Raises ValueError for units of the autoencoder that the pipeline itself does not hear."""
+    config, heard = pipe.vae.config, ("latents_mean", "latents_std") if hasattr(pipe, "text_encoder_2") else ()
+    for name in ("latents_mean", "latents_std", "shift_factor"):
+        other = {"latents_mean": "latents_std", "latents_std": "latents_mean"}.get(name)
+        alone = name in heard and config.get(other) is None
+        if config.get(name) and (name not in heard or alone):
+            why = f"without {other}" if alone else f"which {type(pipe).__name__} does not use"
+            raise ValueError(
+                f"the autoencoder has {name}={config[name]!r}, {why}. If its pictures are right without, "
+                f"call pipe.vae.register_to_config({name}=None)."
+            )

@@ -25,18 +25,19 @@ def text_config(**extra):
     )  # fmt: skip
 
 
-def unet_and_vae(cross_attention_dim, **extra):
+def unet_and_vae(cross_attention_dim, size=4, vae=None, **extra):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        sample_size=size, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=cross_attention_dim, **extra,
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, sample_size=8,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        **(vae or {}),
     )  # fmt: skip
     return unet, vae
 
@@ -50,24 +51,27 @@ def sd_scheduler(**changes):
     return DDIMScheduler(**(settings | {"set_alpha_to_one": False} | changes))
 
 
-def stable_diffusion(tmp_path, **changes):
+def stable_diffusion(tmp_path, scheduler=None, networks=None, **changes):
+    """`networks`: settings of `unet_and_vae`; the rest the scheduler's, unless one is given."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    unet, vae = unet_and_vae(16)
+    unet, vae = unet_and_vae(16, **(networks or {}))
     return StableDiffusionPipeline(
-        vae, CLIPTextModel(CLIPTextConfig(**text_config())), tokenizer(tmp_path), unet, sd_scheduler(**changes),
+        vae, CLIPTextModel(CLIPTextConfig(**text_config())), tokenizer(tmp_path), unet,
+        scheduler or sd_scheduler(**changes),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
-def stable_diffusion_xl(tmp_path):
+def stable_diffusion_xl(tmp_path, **networks):
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     unet, vae = unet_and_vae(
-        32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16
-    )
+        32, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16, **networks,
+    )  # fmt: skip
     config = CLIPTextConfig(**text_config(projection_dim=16))
     return StableDiffusionXLPipeline(
         vae, CLIPTextModel(config), CLIPTextModelWithProjection(config), tokenizer(tmp_path), tokenizer(tmp_path), unet,
