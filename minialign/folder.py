@@ -50,13 +50,22 @@ def check_free(folder: Path) -> None:
 def all_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder to write files into, which are moved to `folder` at the end, summary.json last; none if anything fails.
 
-    Raises OSError, a full disk among its reasons.
+    `folder` is made where there is none, and then is gone again after a failure. Raises OSError, a full disk among its
+    reasons.
     """
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
-        partial = Path(name)
-        yield partial
-        for path in sorted(partial.iterdir(), key=lambda path: (path.name == "summary.json", path.name)):
-            path.replace(folder / path.name)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
+            partial = Path(name)
+            yield partial
+            for path in sorted(partial.iterdir(), key=lambda path: (path.name == "summary.json", path.name)):
+                path.replace(folder / path.name)
+    except BaseException:
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def write_rows(rows: list[dict], columns: list[str], path: Path) -> None:
@@ -77,17 +86,12 @@ def write_timing(rows: list[dict], path: Path) -> None:
 
 
 def start_folder(folder: Path, description: dict) -> None:
-    """The folder with its run.json; none where there was none, if that fails."""
-    new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(folder)
-        with all_or_nothing(folder) as partial:
-            (partial / "run.json").write_text(json.dumps(description, indent=2))
-    except OSError:
-        if new and folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    with all_or_nothing(folder) as partial:
+        write_description(partial, description)
+
+
+def write_description(folder: Path, description: dict) -> None:
+    (folder / "run.json").write_text(json.dumps(description, indent=2))
 
 
 def save_round(tensors: dict, rows: list[dict], description: dict, folder: Path) -> None:

@@ -18,6 +18,7 @@ from minialign.folder import (
     save_round,
     saved_rows,
     start_folder,
+    write_description,
     write_metrics,
     write_timing,
 )
@@ -230,6 +231,7 @@ def report(plan: Plan, trial, rows: list[dict], before: dict, after: dict, secon
         "iterations": len(rows), "interrupted": interrupted, "seconds": round(seconds, 1), **costs(rows, trial),
     }  # fmt: skip
     with all_or_nothing(plan.folder) as partial:
+        write_description(partial, plan.description())
         trial.save(partial)
         trial.draw(before, after, rows, partial, title_of(summary))
         (partial / "summary.json").write_text(json.dumps(summary, indent=2))
@@ -300,7 +302,6 @@ def run(plan: Plan, progress: bool) -> int:
     if trial.steps is not None:
         rows, interrupted = train(plan, trial, progress)
     after = trial.after()
-    start_folder(plan.folder, plan.description())
     report(plan, trial, rows, before, after, time.monotonic() - started, interrupted)
     if interrupted:
         print(f"go on with: minialign run --resume {plan.folder}")

@@ -202,6 +202,11 @@ class Config(Settings):
     rank: Count | None = None  # of the covariances; None: all eigenvectors
     num_data: Count = 4000  # real samples for the statistics, of all prompts together
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.budgets:
+            raise ValueError("budgets is empty; give at least one number of network evaluations.")
+
 
 def prompt_statistics(world, config: Config, generator: torch.Generator) -> dict[Any, Gaussian]:
     """A Gaussian a prompt, of the world's real data as the policy's states."""

@@ -1,0 +1,216 @@
+"""Bad input, as users give it: every line is refused by name, before anything is spent, and nothing trains."""
+
+import contextlib
+import io
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+
+from minialign import cli
+
+FILES = {
+    "afile": "x",
+    "full/x": "x",
+    "nb.ipynb": "{",
+    "syntax.py": "def f(:\n",
+    "raises.py": "1/0\n",
+    "exits.py": "import sys; sys.exit(3)\n",
+    "fine.py": "VALUE = 3\ndef one(x): return x\ndef kw(*, a): return a\nclass C: pass\n",
+    "stops.py": (
+        "def f(samples, prompts): raise SystemExit(4)\n"
+        "def g(samples, prompts): return float('nan')\n"
+        "def h(samples, prompts): return samples[:, 0].sqrt()\n"
+    ),
+}
+
+# A command, and what is said of it. LONG is a name of 300 letters, NUL the character.
+TABLE = r"""
+run ddpo --steps 0  =>  argument --steps: '0' is not a whole number of at least 1.
+run ddpo --steps -1  =>  argument --steps: '-1' is not a whole number of at least 1.
+run ddpo --steps 1.5  =>  argument --steps: '1.5' is not a whole number of at least 1.
+run ddpo --seed abc  =>  argument --seed: 'abc' is not a whole number of at least 0 and
+run ddpo --seed -1 --world compass  =>  argument --seed: '-1' is not a whole number of at least 0 and
+run ddpo --seed 99999999999999999999999 --world compass  =>  argument --seed: '99999999999999999999999' is not a who
+run ddpo --world ""  =>  unknown world ''
+run ddpo --set ""  =>  --set : expected field=value.
+run ddpo --set =1  =>  unknown field ''
+run ddpo --set learning_rate=  =>  --set learning_rate=: '' is not a finite number of at least 0.
+run ddpo --set learning_rate=inf  =>  --set learning_rate=inf: 'inf' is not a finite number of at le
+run ddpo --set num_steps=0  =>  --set num_steps=0: '0' is not a whole number of at least 1.
+run ddpo --set num_steps=-3  =>  --set num_steps=-3: '-3' is not a whole number of at least 1.
+run ddpo --set num_steps=2000 --world compass  =>  `num_inference_steps`: 2000 cannot be larger than `self.config
+run ddpo --set eta=-1  =>  --set eta=-1: '-1' is not a finite number of at least 0 and at
+run ddpo --set eta=5 --world compass --steps 1  =>  --set eta=5: '5' is not a finite number of at least 0 and at m
+run ddpo --set lora_rank=-1  =>  --set lora_rank=-1: '-1' is not a whole number of at least 0.
+run ddpo --set lora_rank=1.5  =>  --set lora_rank=1.5: '1.5' is not a whole number of at least 0
+run ddpo --set guidance_scale=nan  =>  --set guidance_scale=nan: 'nan' is not a finite number of at l
+run ddpo --set kind=cat --world compass  =>  unknown field 'kind'
+run ddpo --set kind=  =>  unknown field 'kind'
+run ddpo --set num_prompts=1e3  =>  --set num_prompts=1e3: '1e3' is not a whole number of at least
+run ddpo --set group_size=0  =>  --set group_size=0: '0' is not a whole number of at least 1.
+run ddpo --set clip_range=-1  =>  --set clip_range=-1: '-1' is not a number above 0 or None.
+run ddpo --set clip_range=0  =>  --set clip_range=0: '0' is not a number above 0 or None.
+run ddpo --set timestep_fraction=0  =>  --set timestep_fraction=0: '0' is not a finite number above 0
+run ddpo --set timestep_fraction=2  =>  --set timestep_fraction=2: '2' is not a finite number above 0
+run ddpo --set reduction=max  =>  --set reduction=max: 'max' is not one of 'mean', 'sum'.
+run ddpo --set kl=fancy  =>  --set kl=fancy: 'fancy' is not one of 'exact', 'noise_mse'.
+run ddpo --set learning_rate=1e30 --world compass --steps 3  =>  the gradient of update 2 is not finite. The likelie
+run ddpo --set learning_rate=1e300 --world compass --steps 3  =>  --set learning_rate=1e300: '1e300' is not a finite
+run ddpo --set warmup_updates=-1  =>  --set warmup_updates=-1: '-1' is not a whole number of at leas
+run ddpo --set steps_per_pass=0  =>  --set steps_per_pass=0: '0' is not a whole number of at least
+run ddpo --set num_minibatches=0  =>  --set num_minibatches=0: '0' is not a whole number of at least
+run ddpo --world compass --reward ""  =>  unknown reward ''
+run ddpo --world compass --reward :  =>  cannot load the reward ':': ValueError: Empty module name
+run ddpo --world compass --reward a:  =>  cannot load the reward 'a:': ModuleNotFoundError: No module na
+run ddpo --world compass --reward :f  =>  cannot load the reward ':f': ValueError: Empty module name
+run ddpo --world compass --reward syntax:f  =>  cannot load the reward 'syntax:f': SyntaxError: invalid syntax
+run ddpo --world compass --reward raises:f  =>  cannot load the reward 'raises:f': ZeroDivisionError: division
+run ddpo --world compass --reward exits:f  =>  cannot load the reward 'exits:f': SystemExit: 3
+run ddpo --world compass --reward fine:VALUE  =>  the reward 'fine:VALUE' is 3; expected a function of (samples,
+run ddpo --world compass --reward fine:one  =>  reward 'one' raised TypeError: one() takes 1 positional argume
+run ddpo --world compass --reward fine:kw  =>  reward 'kw' raised TypeError: kw() takes 0 positional argument
+run ddpo --world compass --reward fine:C  =>  reward 'C' raised TypeError: C() takes no arguments. It was ca
+run ddpo --world compass --reward fine:missing  =>  cannot load the reward 'fine:missing': AttributeError: module
+run ddpo --world compass --reward stops:f  =>  reward 'f' raised SystemExit: 4. It was called with 512 sample
+run ddpo --world compass --reward stops:g  =>  reward 'g' returned one number, nan, for 512 samples; expected
+run ddpo --world compass --reward stops:h  =>  reward 'h' returned nan for 245 of 512 samples, first at index
+run ddpo --world compass --reward fine.good  =>  unknown reward 'fine.good'
+run ddpo --world compass --reward fine:good:x  =>  cannot load the reward 'fine:good:x': AttributeError: module '
+run ddpo --world compass --reward gold,  =>  unknown reward ''
+run ddpo --world compass --reward ,  =>  unknown reward ''
+run ddpo --world compass --out afile  =>  --out afile: afile is a file; expected a folder.
+run ddpo --world compass --out afile/x  =>  --out afile/x:
+run ddpo --world compass --out full  =>  full already holds files. Go on with `minialign run --resume f
+run ddpo --world compass --out ""  =>  argument --out: '' is no path.
+run ddpo --world compass --out /proc/x  =>  cannot write to --out /proc/x: No such file or directory. Choo
+run ddpo --world compass --out /dev/null  =>  --out /dev/null: /dev/null is a file; expected a folder.
+run ddpo --world compass --out aNULb  =>  is no path
+run ddpo --world compass --out LONG  =>  [Errno 36] File name too long: 'aaaaaaaaaaaaaa
+run --resume ""  =>  argument --resume: '' is no path.
+run --resume afile  =>  afile holds no run to resume: there is no such folder.
+run --resume full  =>  full holds no run to resume (no run.json): start it with `mini
+run --resume nowhere  =>  nowhere holds no run to resume: there is no such folder.
+run --resume /dev/null  =>  /dev/null holds no run to resume: there is no such folder.
+run ddpo --resume full  =>  --resume goes on with the run's own settings; leave out METHOD
+run DDPO  =>  unknown method 'DDPO'
+run ddpo ppo  =>  unrecognized arguments: ppo
+run ""  =>  unknown method ''
+run rlcm --world tokens  =>  rlcm (trains; consistency policies) does not run in world 'tok
+run b2diffurl --world compass --set num_branches=0  =>  --set num_branches=0: '0' is not a whole number of at least
+run b2diffurl --world compass --set num_branches=1 --set objective=pairwise  =>  advantage='global' with objective='
+run b2diffurl --world compass --set history_stages=-1  =>  --set history_stages=-1: '-1' is not a whole number of at
+run b2diffurl --world compass --set objective=pair  =>  --set objective=pair: 'pair' is not one of 'clip', 'pairwise
+run ppo --world tokens --set temperature=0  =>  --set temperature=0: '0' is not a finite number above 0.
+run ppo --world tokens --set temperature=-1  =>  --set temperature=-1: '-1' is not a finite number above 0.
+run ppo --world tokens --set num_tokens=0  =>  --set num_tokens=0: '0' is not a whole number of at least 1.
+run ppo --world tokens --set num_tokens=9999 --steps 1  =>  the longest prompt has 1 tokens and num_tokens is 9999,
+run ppo --world tokens --set beta=-1  =>  --set beta=-1: '-1' is not a finite number of at least 0.
+run ppo --world tokens --set gamma=2  =>  --set gamma=2: '2' is not a finite number of at least 0 and at
+run ppo --world tokens --set kl_loss=k9  =>  --set kl_loss=k9: 'k9' is not one of None, 'k2', 'k3'.
+run constrained --set thresholds=1 --steps 1  =>  there are 2 rewards and 1 thresholds: give one threshold for e
+run constrained --set thresholds=a,b  =>  --set thresholds=a,b: 'a,b' is not a tuple, each a finite numb
+run constrained --set multiplier_lr=-1  =>  --set multiplier_lr=-1: '-1' is not a finite number of at leas
+run constrained --reward fives --steps 1  =>  there are 1 rewards and 2 thresholds: give one threshold for e
+run par --set k=0  =>  --set k=0: '0' is not a finite number above 0.
+run par --set method=best  =>  --set method=best: 'best' is not one of 'vanilla', 'centred',
+run par --world compass  =>  par (shapes rewards; language policies) does not run in world
+run teleport --set budgets=0  =>  --set budgets=0: '0' is not a tuple, each a whole number of at
+run teleport --set budgets=  =>  budgets is empty; give at least one number of network evaluati
+run teleport --set budgets=a  =>  --set budgets=a: 'a' is not a tuple, each a whole number of at
+run teleport --set num_data=1 --world compass  =>  a covariance needs at least 2 samples; there is 1.
+run reward_model --steps 0  =>  argument --steps: '0' is not a whole number of at least 1.
+run reward_model --set num_pairs=0  =>  unknown field 'num_pairs'; did you mean 'num_epochs'? There ar
+run consistency_distillation --set batch_size=0  =>  --set batch_size=0: '0' is not a whole number of at least 1.
+run rwr --world compass --set keep=0  =>  --set keep=0: '0' is not a finite number above 0 and at most 1
+run rwr --world compass --set keep=2  =>  --set keep=2: '2' is not a finite number above 0 and at most 1
+methods nothing  =>  unknown method 'nothing'
+methods ddpo extra  =>  unrecognized arguments: extra
+methods ""  =>  unknown method ''
+bench --device tpu --methods ddpo --worlds compass  =>  no device 'tpu' here (Expected one of cpu, cuda, ipu, xpu, m
+bench --device cuda --methods ddpo --worlds compass  =>  no device 'cuda' here (Torch not compiled with CUDA enabled
+bench --device "" --methods ddpo --worlds compass  =>  no device '' here (Device string must not be empty). There ar
+bench --device cpu:99 --methods ddpo --worlds compass  =>  no device 'cpu:99' here (there is one cpu). There are: cp
+bench --device cuda:0 --methods teleport  =>  no device 'cuda:0' here (Torch not compiled with CUDA enabled)
+bench --device meta --methods ddpo --worlds compass  =>  no device 'meta' here (it computes nothing). There are: cpu
+bench --rounds 0 --methods ddpo --worlds compass  =>  argument --rounds: '0' is not a whole number of at least 1.
+bench --rounds -1 --methods ddpo --worlds compass  =>  argument --rounds: '-1' is not a whole number of at least 1.
+bench --rounds x  =>  argument --rounds: 'x' is not a whole number of at least 1.
+bench --methods  =>  argument --methods: expected at least one argument
+bench --methods nothing  =>  unknown method 'nothing'
+bench --methods ddpo --worlds nowhere  =>  unknown world 'nowhere'
+bench --methods ddpo --worlds tokens  =>  ddpo (trains; diffusion policies) does not run in world 'token
+bench --methods ddpo --worlds compass --rounds 1 --out nowhere/x.json  =>  --out nowhere/x.json: there is no folder
+bench --methods ddpo --worlds compass --rounds 1 --out full  =>  --out full is a folder; expected a file.
+pretrain  =>  the following arguments are required: name
+pretrain nothing  =>  unknown set of weights 'nothing'
+pretrain digits --out afile  =>  --out afile: afile is a file; expected a folder.
+pretrain digits --out afile/x  =>  --out afile/x:
+pretrain digits --seed x  =>  argument --seed: 'x' is not a whole number of at least 0 and a
+pretrain digits --seed -1 --out afile  =>  argument --seed: '-1' is not a whole number of at least 0 and
+replicate  =>  which replication? One of
+replicate nothing  =>  unknown replication 'nothing'
+replicate ddpo --out nowhere/x.json  =>  --out nowhere/x.json: there is no folder
+replicate ddpo --out full  =>  --out full is a folder; expected a file.
+course  =>  the following arguments are required: action
+course nothing  =>  argument action: invalid choice: 'nothing' (choose from 'build
+course build --only 99  =>  no chapter's name starts with '99'. There are: 00_tour, 01_dif
+course build --only nothing  =>  no chapter's name starts with 'nothing'. There are: 00_tour, 0
+course copy  =>  the following arguments are required: folder
+course copy afile  =>  DIR afile: afile is a file; expected a folder.
+course copy afile/x  =>  DIR afile/x:
+course copy ""  =>  argument folder: '' is no path.
+course grade  =>  the following arguments are required: submissions
+course grade nowhere  =>  no such file or folder: nowhere
+course grade nb.ipynb --out full  =>  --out full needs a suffix, as in grades.csv; the folder beside
+course grade nb.ipynb --seconds 0  =>  argument --seconds: '0' is not a whole number of at least 1.
+course grade nb.ipynb --seconds -1  =>  argument --seconds: '-1' is not a whole number of at least 1.
+course grade nb.ipynb --jobs 0  =>  argument --jobs: '0' is not a whole number of at least 1.
+course grade nb.ipynb --jobs -2  =>  argument --jobs: '-2' is not a whole number of at least 1.
+course grade nb.ipynb --chapter 99  =>  no chapter '99' in
+course grade nb.ipynb --source nowhere  =>  nowhere holds no student's edition (NN_name.ipynb with checks)
+course grade nb.ipynb --source afile  =>  afile holds no student's edition (NN_name.ipynb with checks).
+course grade nb.ipynb --isolation none  =>  argument --isolation: invalid choice: 'none' (choose from 'aut
+course grade empty  =>  empty holds no notebooks (*.ipynb).
+nothing  =>  argument command: invalid choice: 'nothing' (choose from 'meth
+"""
+COMMANDS = [line.split("  =>  ") for line in TABLE.strip().splitlines()]
+
+
+class Spent(BaseException):
+    """It ran for so long that something must be training."""
+
+
+def impatient(*_):
+    raise Spent
+
+
+@pytest.fixture
+def bad_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("line", "message"), COMMANDS)
+def test_a_bad_command_is_refused_by_name(line, message, bad_files):
+    said = io.StringIO()
+    signal.signal(signal.SIGALRM, impatient)
+    signal.alarm(60)
+    try:
+        with contextlib.redirect_stderr(said):
+            code = cli.main(shlex.split(line.replace("LONG", 300 * "a").replace("NUL", "\0")))
+    except SystemExit as error:  # argparse's
+        code = error.code
+    finally:
+        signal.alarm(0)
+    assert code == 2
+    assert "Traceback" not in said.getvalue()
+    assert message in " ".join(said.getvalue().split("\n"))
+    left = {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert left == bad_files
