@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 # Each was tried: with the exact network of a Gaussian, a late start ends in the same Gaussian (test_teleport).
 TRIED = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
@@ -31,7 +30,7 @@ class Late:
         for name in GRIDS:
             if hasattr(self, name):
                 setattr(self, name, getattr(self, name)[first:])
-        if hasattr(self, "order_list"):  # the single-step solver's plan: first orders that it has no past for, then cycles
+        if hasattr(self, "order_list"):  # the single-step solver's plan, in cycles from its first step
             if len(self.timesteps) % self.config.solver_order:
                 self.register_to_config(lower_order_final=True)  # as it does itself where its cycles do not fit
             self.order_list = self.get_order_list(len(self.timesteps))
