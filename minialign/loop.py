@@ -331,6 +331,19 @@ class Run:
             warnings.warn(f"resumed with num_steps {now}; the checkpoint was made with {before}.", stacklevel=4)
 
 
+ABILITIES = {
+    "rollout": "denoises, a DiffusionPolicy or a ConsistencyPolicy",
+    "terminal_std": "draws in a few jumps, a ConsistencyPolicy",
+    "generate": "answers, a LanguagePolicy",
+}
+
+
+def check_policy(policy: Any, ability: str) -> None:
+    """Raises ValueError for a policy that lacks what a method needs, one of ABILITIES."""
+    if not hasattr(policy, ability):
+        raise ValueError(f"the policy is a {type(policy).__name__}; this method needs one that {ABILITIES[ability]}.")
+
+
 def fingerprint(prompts: Sequence[Hashable]) -> str | None:
     """Of a list of prompts; None where one of them has no name that outlives this process."""
     try:

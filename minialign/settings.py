@@ -61,9 +61,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, annotation in annotations(type(self)).items():
-            value = getattr(self, name)
-            if not fits(value, annotation):
-                raise ValueError(f"{name} is {value!r}; expected {expected(annotation)}.")
+            demand(annotation, **{name: getattr(self, name)})
+
+
+def demand(annotation: Any, **values: Any) -> None:
+    """The same check for arguments: `demand(Count, num_steps=num_steps)`. NumPy's and torch's scalars are numbers."""
+    for name, value in values.items():
+        value = value.item() if hasattr(value, "item") else value
+        if not fits(value, annotation):
+            raise ValueError(f"{name} is {value!r}; expected {expected(annotation)}.")
 
 
 def annotations(settings: type) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 import contextlib
 import io
+import re
 import shlex
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from minialign import cli
+from minialign import cli, kernels, loop, measure, rewards, statistics, worlds
+from minialign.methods import CATALOGUE, b2diffurl, constrained, ddpo, par, ppo, rlcm, rwr
+from minialign.settings import annotations, fits
 
 FILES = {
     "afile": "x",
@@ -178,6 +182,93 @@ nothing  =>  argument command: invalid choice: 'nothing' (choose from 'meth
 COMMANDS = [line.split("  =>  ") for line in TABLE.strip().splitlines()]
 
 
+# And calls, which raise ValueError.
+CALLS = r"""
+measure.paired_difference(zeros(3), zeros(4))  =>  pairs have shapes (3,) and (4,); expected (n,) twice.
+measure.paired_difference(zeros(3), zeros(3, 1))  =>  pairs have shapes (3,) and (3, 1); expected (n,) twice. Take
+measure.paired_difference(zeros(1), zeros(1))  =>  a standard error needs at least 2 pairs; there is 1.
+measure.frechet_distance(zeros(1, 2), zeros(5, 2))  =>  a covariance needs at least 2 samples; features_a has 1.
+measure.frechet_distance(zeros(5, 3), zeros(5, 2))  =>  the two samples have shapes (5, 3) and (5, 2); expected (n,
+measure.mmd(zeros(1, 2), zeros(5, 2), 1.)  =>  the unbiased estimate needs at least 2 samples on each side;
+measure.mmd(zeros(5, 2), zeros(5, 2), 0.)  =>  the bandwidth is 0: more than half of the pooled points coin
+measure.vendi_score(zeros(0, 2))  =>  features have shape (0, 2); expected (n, d), n of at least 1
+measure.diversity(zeros(4, 2), 3 * ["a"], reduction="mean")  =>  there are 4 samples and 3 prompts; expected one pro
+measure.distinct(["a b"], 0)  =>  n is 0 and texts list; expected n of at least 1 and a list o
+rewards.checked(lambda s, p: s, zeros(3, 2), 3 * ["a"])  =>  reward '<lambda>' returned shape (3, 2) for 3 samples;
+rewards.checked(lambda s, p: None, zeros(3, 2), 3 * ["a"])  =>  reward '<lambda>' returned None for 3 samples; expec
+rewards.checked(first>0, zeros(3, 2), 2 * ["a"])  =>  reward '<lambda>' was given 3 samples but 2 prompts.
+rewards.checked("gold", zeros(3, 2), 3 * ["a"])  =>  reward 'str' raised TypeError: 'str' object is not callable.
+rewards.checked(first.to(torch.complex64), zeros(3, 2), 3 * ["a"])  =>  reward '<lambda>' returned complex numbers;
+rewards.checked(lambda s, p: torch.tensor([1., float("inf"), 2.]), zeros(3, 2), 3 * ["a"])  =>  reward '<lambda>' re
+rewards.weighted_sum({}, {})  =>  weighted_sum needs at least one weight.
+rewards.weighted_sum({"a": len}, {"b": 1.0})  =>  unknown reward 'b'
+rewards.jpeg_size(zeros(2, 4, 8, 8), 2 * ["a"])  =>  jpeg_size reads images of shape (batch, 1 or 3, h, w); it wa
+rewards.jpeg_size(zeros(2, 8, 8), 2 * ["a"])  =>  jpeg_size reads images of shape (batch, 1 or 3, h, w); it wa
+load("nowhere")  =>  unknown world 'nowhere
+load("compass", num_steps=0)  =>  num_steps is 0; expected a whole number of at least 1.
+load("compass", num_steps=-1)  =>  num_steps is -1; expected a whole number of at least 1.
+load("compass", num_steps=1.5)  =>  num_steps is 1.5; expected a whole number of at least 1.
+load("compass", num_steps="ten")  =>  num_steps is 'ten'; expected a whole number of at least 1.
+load("compass", eta=-1.)  =>  eta is -1.0; expected a finite number of at least 0 and at m
+load("compass", eta=nan)  =>  eta is nan; expected a finite number of at least 0 and at mo
+load("compass", eta=2.)  =>  eta is 2.0; expected a finite number of at least 0 and at mo
+load("compass", colour="red")  =>  world 'compass' has no setting 'colour'
+load("shapes", guidance_scale=nan)  =>  guidance_scale is nan; expected a finite number of at least
+load("shapes", model="gan")  =>  unknown model 'gan' of world 'shapes'
+load("digits", num_steps=2000)  =>  `num_inference_steps`: 2000 cannot be larger than `self.conf
+next(ddpo.train(compass(), None, ["inner"]))  =>  reward 'NoneType' raised TypeError: 'NoneType' object is not
+next(ddpo.train(compass(), first, "inner"))  =>  prompts is the string 'inner'; expected a list of strings: [
+next(ddpo.train(compass(), first, []))  =>  prompts is empty; give at least one.
+next(ddpo.train(compass(), first, ["nowhere"]))  =>  unknown prompt 'nowhere'; This policy knows: inner, outer.
+next(ddpo.train(compass(), first, ["inner"], ddpo.Config(), 0))  =>  generator is 0; expected a torch.Generator.
+next(ddpo.train(compass(), first, ["inner"], resume="r"))  =>  resume is 'r'; expected tensors by name, of load_chec
+next(ddpo.train(tokens(), first, ["inner"]))  =>  the policy is a LanguagePolicy; this method needs one that d
+next(ppo.train(compass(), first, ["inner"]))  =>  the policy is a DiffusionPolicy; this method needs one that
+next(ppo.train(tokens(), first, []))  =>  prompts is empty; give at least one.
+next(ppo.train(tokens(), first, "abc"))  =>  prompts is the string 'abc'; expected a list of strings: ['a
+next(rlcm.train(compass(), first, ["inner"]))  =>  the policy is a DiffusionPolicy; this method needs one that
+next(b2diffurl.train(compass(), first, "inner"))  =>  prompts is the string 'inner'; expected a list of strings: [
+next(rwr.train(compass(), first, "inner"))  =>  prompts is the string 'inner'; expected a list of prompts: [
+next(constrained.train(tokens(), [], [0]))  =>  there are 0 rewards and 0 thresholds: give one threshold for
+par.Shaped(lambda s, p: s, None, par.Config("best"))  =>  method is 'best'; expected one of 'vanilla', 'centred', 'c
+statistics.Statistics(last=0)  =>  last is 0; expected at least 1, or None for all.
+statistics.Statistics(last=-1)  =>  last is -1; expected at least 1, or None for all.
+statistics.Statistics(rounds=0)  =>  rounds is 0; expected at least 1, or None for all.
+loop.fit([], total=-1)  =>  total is -1; expected at least 1 iteration, or None for all
+compass().sample("inner")  =>  prompts is the string 'inner'; expected a list of strings: [
+compass().sample([])  =>  prompts is empty; give at least one.
+compass().sample(["nowhere"])  =>  unknown prompt 'nowhere'; This policy knows: inner, outer.
+compass().sample(["inner"], zeros(2, 3))  =>  noise has shape (2, 3); expected (1, 21, 2), as draw_noise(1
+compass().rollout(["inner"], zeros(1, 2))  =>  noise has shape (1, 2); expected (1, 21, 2), as draw_noise(1
+compass().rollout(["inner"], first=5, last=3)  =>  first is 5 and last 3; expected 0 <= first <= last <= 20, th
+compass().rollout(["inner"], last=99)  =>  first is 0 and last 99; expected 0 <= first <= last <= 20, t
+compass().rollout(["inner"], grad_steps=-1)  =>  grad_steps is -1; this run has 0 to 20 last network calls to
+compass().rollout(["inner"], grad_steps=[99])  =>  grad_steps names step 99; this run calls the network at [0,
+compass().set_num_steps(0)  =>  num_steps is 0; expected a whole number of at least 1.
+compass().draw_noise(-1)  =>  -1 samples; expected at least 1.
+compass().draw_noise(0)  =>  0 samples; expected at least 1.
+assistant().add_lora(rank=0)  =>  `r` should be a positive integer value but the value passed
+assistant().add_lora(rank=-1)  =>  `r` should be a positive integer value but the value passed
+assistant().add_lora(target_modules=["nowhere"])  =>  Target modules {'nowhere'} not found in the base model. Plea
+assistant().add_lora(target_modules=[])  =>  No `target_modules` passed but also no `target_parameters` f
+load("shapes").policy.add_lora(rank=0)  =>  `r` should be a positive integer value but the value passed
+load("shapes").policy.add_lora(target_modules=["nowhere"])  =>  Target modules {'nowhere'} not found in the base mod
+assistant().generate(["a"], 0)  =>  num_tokens is 0, temperature 1.0; expected at least 1, and a
+assistant().generate(["a"], -1)  =>  num_tokens is -1, temperature 1.0; expected at least 1, and
+assistant().generate(["a"], 10000)  =>  the longest prompt has 1 tokens and num_tokens is 10000, tog
+assistant().generate("hello", 3)  =>  prompts is the string 'hello'; expected a list of strings: [
+assistant().generate([""], 3)  =>  prompt '' has no tokens: the first action needs at least one
+assistant().generate([3], 3)  =>  text input must be of type `str` (single example), `list[str
+assistant().generate(["a"], 3, temperature=0.)  =>  num_tokens is 3, temperature 0.0; expected at least 1, and a
+assistant().generate(["a"], 3, temperature=nan)  =>  num_tokens is 3, temperature nan; expected at least 1, and a
+assistant().parameters()  =>  nothing to train: call policy.add_lora() or policy.train_all
+assistant().add_value_heads(0)  =>  num_heads is 0; expected a whole number of at least 1
+kernels.clipped_surrogate(zeros(3), zeros(3, 1), zeros(3), 0.2)  =>  expected one shape
+kernels.clipped_surrogate(zeros(3), zeros(3), zeros(4), 0.2)  =>  expected one shape
+"""
+CALLS = [line.split("  =>  ") for line in CALLS.strip().splitlines()]
+
+
 class Spent(BaseException):
     """It ran for so long that something must be training."""
 
@@ -214,3 +305,36 @@ def test_a_bad_command_is_refused_by_name(line, message, bad_files):
     assert message in " ".join(said.getvalue().split("\n"))
     left = {path: path.read_bytes() for path in Path.cwd().rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert left == bad_files
+
+
+def in_world(name: str):
+    return lambda: worlds.load(name).policy
+
+
+NAMES = dict(
+    kernels=kernels, loop=loop, measure=measure, rewards=rewards, statistics=statistics, load=worlds.load, torch=torch,
+    b2diffurl=b2diffurl, constrained=constrained, ddpo=ddpo, par=par, ppo=ppo, rlcm=rlcm, rwr=rwr, zeros=torch.zeros,
+    nan=float("nan"), first=lambda samples, prompts: samples[:, 0],
+    compass=in_world("compass"), tokens=in_world("tokens"), assistant=in_world("assistant"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS)
+def test_a_bad_call_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        eval(call, NAMES)
+
+
+NONSENSE = [float("nan"), float("inf"), -1, 0, 0.5, True, "many", None, (), 1e300]
+
+
+@pytest.mark.parametrize("method", CATALOGUE)
+def test_every_setting_refuses_nonsense(method):
+    """Whatever a field's annotation does not admit; each admits less than half of it."""
+    config = CATALOGUE[method].module.Config
+    for name, annotation in annotations(config).items():
+        refused = [value for value in NONSENSE if not fits(value, annotation)]
+        assert len(refused) > 4
+        for value in refused:
+            with pytest.raises(ValueError, match=f"{name} is {re.escape(repr(value))}"):
+                config(**{name: value})

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from minialign.kernels import at_least_float32, clipped_surrogate, means
-from minialign.loop import Run, Step, reward_metrics
+from minialign.loop import Run, Step, check_policy, reward_metrics
 from minialign.methods.ddpo import clip_range_of
 from minialign.policies.trajectory import Trajectory
 from minialign.rewards import checked
@@ -171,6 +171,7 @@ def objective_loss(policy, traj, rows: Tensor, places: Tensor, advantages: Tenso
 
 def check(policy, prompts: Sequence[Hashable], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
+    check_policy(policy, "rollout")
     last = policy.num_actions if config.last_window is None else config.last_window
     if config.backward_progressive and not 1 <= config.first_window <= last <= policy.num_actions:
         raise ValueError(

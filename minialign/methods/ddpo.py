@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from minialign.kernels import StepOut, at_least_float32, clipped_surrogate, group_advantages, means, whiten
-from minialign.loop import Run, Step, reward_metrics
+from minialign.loop import Run, Step, check_policy, reward_metrics
 from minialign.rewards import checked
 from minialign.settings import Count, Limit, Natural, NonNegative, Settings, Share
 from minialign.statistics import Moments, Statistics
@@ -132,6 +132,7 @@ def transition_loss(policy, traj, rows: Tensor, steps: Tensor, advantages: Tenso
 
 def check(policy, prompts: Sequence[Hashable], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
+    check_policy(policy, "rollout")
     batch_size = config.num_prompts * config.group_size
     if config.num_minibatches > batch_size:
         raise ValueError(f"num_minibatches is {config.num_minibatches}, more than the {batch_size} samples of a round.")

@@ -41,7 +41,7 @@ from minialign.kernels import (
     token_rewards,
     weighted_sums,
 )
-from minialign.loop import Batch, Run, Step, reward_metrics
+from minialign.loop import Batch, Run, Step, check_policy, reward_metrics
 from minialign.rewards import checked
 from minialign.settings import Count, Fraction, Limit, NonNegative, Number, Positive, Settings
 
@@ -167,6 +167,7 @@ def token_weights(mask: Tensor, lengths: Tensor, own: Tensor, everyone: Tensor, 
 
 def check(policy, prompts: Sequence[Hashable], config: Config) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
+    check_policy(policy, "generate")
     if config.advantage in ("grpo", "rloo") and config.group_size < 2:
         raise ValueError(f"advantage={config.advantage!r} compares responses to one prompt: set group_size above 1.")
     if config.num_minibatches > config.num_prompts * config.group_size:

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minialign.kernels import clipped_surrogate, means
-from minialign.loop import Run, Step, reward_metrics
+from minialign.loop import Run, Step, check_policy, reward_metrics
 from minialign.methods.ddpo import clip_range_of, prompt_advantages
 from minialign.rewards import checked
 from minialign.settings import Count, Fraction, Limit, Natural, NonNegative, Positive, Settings
@@ -116,6 +116,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
     Under `torchrun` each process rolls out and differentiates its own share of every round. The policy's
     terminal_std is the config's while training, and as before at the end of each round.
     """
+    check_policy(policy, "terminal_std")
     with terminal_noise(policy, config.terminal_std):
         check(policy, prompts, config)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minialign.loop import Run, Step, reward_metrics
+from minialign.loop import Run, Step, check_policy, reward_metrics
 from minialign.rewards import checked
 from minialign.settings import Count, Limit, NonNegative, Settings, Share
 
@@ -69,6 +69,7 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
 
     Under `torchrun` each process samples its own share of a round and regresses on it.
     """
+    check_policy(policy, "rollout")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     run = Run(config, optimizer, generator, resume, [policy], reward=reward)
     for _ in run.rounds():

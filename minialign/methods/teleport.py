@@ -32,6 +32,7 @@ from torch import Tensor
 from minialign.evaluate import Trial, from_pure_noise, sampler_trial, walk
 from minialign.exact import Gaussian
 from minialign.kernels import Level, at_least_float32
+from minialign.policies.encoders import latent_shape_of, latent_units, without_overflow
 from minialign.policies.late_start import late, noise_levels
 from minialign.settings import Count, Positive, Settings
 
@@ -169,8 +170,7 @@ def teleport(
     prompt, or the jump forgets the prompt. Guidance acts after the jump only.
     """
     unet = pipeline.unet
-    side = unet.config.sample_size
-    shape = (num_images, unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
+    shape = (num_images, *latent_shape_of(unet))
     device = generator.device if generator is not None else unet.device
     noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(unet.device)
     start = skip_steps(pipeline.scheduler, noise, statistics, sigma_skip, num_inference_steps, keep_budget=keep_budget)
@@ -184,12 +184,11 @@ def latent_statistics(
     vae, images: Float[Tensor, "n c h w"], rank: int | None = None, rows: int = 64, generator=None
 ) -> Gaussian:
     """Mean and covariance of an autoencoder's latents, scaled as the UNet sees them. images in [0, 1]."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    parts = [
-        (vae.encode((2 * part - 1).to(vae.device, vae.dtype)).latent_dist.sample(generator) - shift)
-        for part in images.split(rows)
-    ]
-    return Gaussian.fit(torch.cat(parts).float() * vae.config.scaling_factor, rank)
+    vae = without_overflow(vae)
+    scale, shift = latent_units(vae.config)
+    images = (2 * images - 1).to(vae.device, vae.dtype)
+    latents = torch.cat([vae.encode(part).latent_dist.sample(generator) for part in images.split(rows)]).float()
+    return Gaussian.fit((latents - shift.to(latents)) / scale.to(latents), rank)
 
 
 # On the command line --------------------------------------------------------------------------------------------------

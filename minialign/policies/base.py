@@ -15,6 +15,7 @@ from minialign.policies.encoders import class_encoder, latent_shape_of
 from minialign.policies.noise import row_noise
 from minialign.policies.trainable import TRAINABLE, Trainable
 from minialign.policies.trajectory import Condition, Encoded, Trajectory
+from minialign.settings import NonNegative, demand
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # A miniature has few attention weights, so its LoRA also reaches the convolutions and the feed-forward layers.
@@ -48,6 +49,7 @@ class Policy(Trainable):
         num_steps: int,
         guidance_scale: float | int,
     ):
+        demand(NonNegative, guidance_scale=guidance_scale)
         if class_names is not None and encoder is not None:
             raise ValueError("give an encoder or class_names, not both: either says what a prompt means.")
         if guidance_scale > 1 and class_names is not None and null_class is None:
@@ -309,6 +311,12 @@ class Policy(Trainable):
             self.check_density()
         condition = prompts if isinstance(prompts, Condition) else self.encode(prompts)
         noise = self.draw_noise(len(condition), generator) if noise is None else noise
+        self._check_noise(noise, len(condition))
+        if not 0 <= first <= (self.num_actions if last is None else last) <= self.num_actions:
+            raise ValueError(
+                f"first is {first} and last {last}; expected 0 <= first <= last <= {self.num_actions}, the steps that "
+                "have a density."
+            )
         steps = range(self.num_actions)[first:last]
         calls = range(steps.start, self.num_steps) if last is None else steps
         graphed = graphed_steps(calls, grad_steps)
@@ -323,6 +331,12 @@ class Policy(Trainable):
         log_probs = torch.stack(log_probs, 1) if log_probs and density else states.detach().new_empty(len(states), 0)
         steps = torch.arange(self.num_actions, device=self.device)[first:last]
         return Trajectory(states, log_probs, steps, self.timesteps[steps], condition, final)
+
+    def _check_noise(self, noise: Tensor, rows: int) -> None:
+        due = (rows, self.num_steps + 1)
+        if noise.shape[:2] != due or noise.ndim != 2 + len(self.latent_shape):
+            shape = (*due, *self.latent_shape)
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}, as draw_noise({rows}) gives it.")
 
     def _walk(
         self,
@@ -350,6 +364,7 @@ class Policy(Trainable):
         decode what a rollout ends with."""
         condition = self.encode(prompts)
         noise = self.draw_noise(len(condition), generator) if noise is None else noise
+        self._check_noise(noise, len(condition))
         states = noise[:, 0]
         for out in self._walk(states, range(self.num_steps), condition, noise, "mean"):
             states = out.next

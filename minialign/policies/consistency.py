@@ -27,6 +27,7 @@ from minialign.policies.base import Policy
 from minialign.policies.border import check_pipeline, understood
 from minialign.policies.encoders import pipeline_modules
 from minialign.policies.trajectory import Condition
+from minialign.settings import Count, NonNegative, demand
 
 
 class ConsistencyPolicy(Policy):
@@ -43,6 +44,7 @@ class ConsistencyPolicy(Policy):
     ):
         from diffusers import LCMScheduler
 
+        demand(NonNegative, terminal_std=terminal_std)
         self.terminal_std = float(terminal_std)
         self.guidance_dim = getattr(getattr(network, "config", None), "time_cond_proj_dim", None)
         self.embedded_guidance = float(guidance_scale)
@@ -95,6 +97,7 @@ class ConsistencyPolicy(Policy):
 
     def set_num_steps(self, num_steps: int, timesteps: list[int] | None = None) -> None:
         """Chooses H and with it `timesteps` (H,), as the LCMScheduler spaces them, or those given (descending)."""
+        demand(Count, num_steps=num_steps)
         if timesteps is None:
             self.scheduler.set_timesteps(num_steps)
         elif len(timesteps) != num_steps:

@@ -16,6 +16,7 @@ from minialign.policies.base import ATTENTION, EVERYWHERE, Policy
 from minialign.policies.border import check_pipeline, repair, unconditional, understood
 from minialign.policies.encoders import pipeline_modules
 from minialign.policies.trajectory import Condition, Trajectory
+from minialign.settings import Count, Fraction, demand
 
 __all__ = ["ATTENTION", "EVERYWHERE", "Condition", "DiffusionPolicy", "Trajectory"]
 
@@ -23,8 +24,8 @@ __all__ = ["ATTENTION", "EVERYWHERE", "Condition", "DiffusionPolicy", "Trajector
 class DiffusionPolicy(Policy):
     """Any diffusers UNet (or module called as `network(x, t, **condition)`) with a scheduler's noise levels.
 
-    eta: 1 is DDPM, 0 has no density. The other settings are `Policy`'s. A scheduler of another family (`border.FAMILY`)
-    is replaced by DDIM on the same noise levels.
+    eta: in [0, 1]; 1 is DDPM, 0 has no density. The other settings are `Policy`'s. A scheduler of another family
+    (`border.FAMILY`) is replaced by DDIM on the same noise levels.
 
     Raises ValueError for a scheduler's setting that would not be heard: one that clips samples, for example, for the
     density would be that of another mean.
@@ -35,6 +36,7 @@ class DiffusionPolicy(Policy):
     ):
         from diffusers import DDIMScheduler
 
+        demand(Fraction, eta=eta)
         self.eta = float(eta)
         scheduler = understood(scheduler, DDIMScheduler)
         super().__init__(network, scheduler, num_steps=num_steps, guidance_scale=guidance_scale, **modules)
@@ -74,6 +76,7 @@ class DiffusionPolicy(Policy):
 
     def set_num_steps(self, num_steps: int) -> None:
         """Chooses the time grid, as the scheduler spaces it: `timesteps` (S,), descending, and their noise levels."""
+        demand(Count, num_steps=num_steps)
         self.scheduler.set_timesteps(num_steps)
         self.num_steps = num_steps
         self._set_levels(self.scheduler.timesteps)

@@ -13,7 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, edm_denoised, edm_scalings, expand_as
+<<<<<<< HEAD
 from minialign.policies.loading import load_whole
+=======
+from minialign.policies.encoders import height_and_width
+>>>>>>> image
 
 
 class EDMDenoiser(nn.Module):
@@ -31,18 +35,36 @@ class EDMDenoiser(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "EDMDenoiser":
-        """From `folder`/unet (UNet2DModel) and `folder`/scheduler (any of diffusers' EDM schedulers)."""
+        """From `folder`/unet (UNet2DModel) and `folder`/scheduler (any of diffusers' EDM schedulers).
+
+        Raises ValueError for another scheduler, and for a network that predicts v: c_out would have another sign.
+        """
         from diffusers import EDMEulerScheduler, UNet2DModel
 
+<<<<<<< HEAD
         unet = load_whole(UNet2DModel, Path(folder) / "unet", low_cpu_mem_usage=False)
         scheduler = EDMEulerScheduler.from_pretrained(Path(folder) / "scheduler", local_files_only=True)
         return cls(unet.requires_grad_(False), scheduler.config.sigma_data)
+=======
+        unet = UNet2DModel.from_pretrained(Path(folder) / "unet", local_files_only=True, low_cpu_mem_usage=False)
+        config, _ = EDMEulerScheduler.load_config(
+            Path(folder) / "scheduler", return_unused_kwargs=True, local_files_only=True
+        )
+        kind, says = config["_class_name"], config.get("prediction_type", "epsilon")
+        if not kind.startswith("EDM") or says != "epsilon":
+            raise ValueError(
+                f"{folder} has a {kind} with prediction_type={says!r}; expected one of diffusers' EDM schedulers, such "
+                "as EDMEulerScheduler, with prediction_type='epsilon': F of D = c_skip x + c_out F."
+            )
+        scheduler = EDMEulerScheduler.from_config(config)
+        return cls(unet.requires_grad_(False).eval(), scheduler.config.sigma_data)
+>>>>>>> image
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one sample."""
         config = self.network.config
-        return config.in_channels, config.sample_size, config.sample_size
+        return config.in_channels, *height_and_width(config.sample_size)
 
     def forward(
         self,

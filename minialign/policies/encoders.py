@@ -76,13 +76,20 @@ def _pipeline_encoder(pipe):
     return encode
 
 
-def latent_units(config) -> tuple[Tensor | float, Tensor | float]:
-    """(scale, shift) of an autoencoder's config: its own latents are scale times the UNet's, plus shift."""
+def latent_units(config) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of an autoencoder's config: its own latents are scale times the UNet's, plus shift. (1, c, 1, 1)
+    or (1, 1, 1, 1), in float64."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
-        return 1 / config.scaling_factor, config.get("shift_factor") or 0.0
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        mean, std = [config.get("shift_factor") or 0.0], [1.0]
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
     return std / config.scaling_factor, mean
+
+
+def without_overflow(vae):
+    """The autoencoder, or if it is one that overflows in float16, and is in float16 (force_upcast), a float32 copy."""
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    return copy.deepcopy(vae).float() if upcast else vae
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -91,17 +98,14 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def _vae_decoder(pipe, rows: int):
-    """As the pipeline decodes. One that overflows in float16 (force_upcast) works on a float32 copy, made here."""
-    vae = pipe.vae
+    """As the pipeline decodes; a float32 copy is made here, of an autoencoder that needs one."""
     _check_units(pipe)
-    if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
-        vae = copy.deepcopy(vae).float()
+    vae = without_overflow(pipe.vae)
     scale, shift = latent_units(vae.config)
 
     def decode(latents: Tensor) -> Tensor:
         vae.to(latents.device)
-        own = latents * scale + shift if isinstance(scale, float) else latents * scale.to(latents) + shift.to(latents)
-        own = own.to(vae.dtype)
+        own = (latents * scale.to(latents) + shift.to(latents)).to(vae.dtype)
         return to_pixels(torch.cat([vae.decode(part).sample for part in own.split(rows)]))
 
     return decode

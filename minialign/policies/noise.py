@@ -26,6 +26,8 @@ def row_noise(
     A row's numbers follow from the generator's state and the row's index in [0, num_samples) alone, and a longer shape
     begins with the numbers of a shorter one. Whatever the rows, `generator` gives one number.
     """
+    if num_samples < 1:
+        raise ValueError(f"{num_samples} samples; expected at least 1.")
     rows = range(num_samples) if rows is None else rows.tolist() if isinstance(rows, Tensor) else list(rows)
     if outside := [row for row in rows if not 0 <= row < num_samples]:
         raise ValueError(f"there is no row {outside[0]} among {num_samples} samples; rows count from 0.")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minialign.exact import GaussianMixture, LinearGaussianSampler
 from minialign.policies.diffusion import DiffusionPolicy
+from minialign.settings import Count, demand
 from minialign.worlds import gaussian_pictures
 from minialign.worlds.base import World
 from minialign.worlds.exact_denoiser import ExactDenoiser, PerStepLinear, PerStepScalar, ResidualMLP
@@ -218,6 +219,7 @@ def _policy(
     seed: int,
 ) -> DiffusionPolicy:
     schedule, num_classes = scheduler(), len(classes or ())
+    demand(Count, num_steps=num_steps)
     schedule.set_timesteps(num_steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
