@@ -195,23 +195,12 @@ class Policy(Trainable):
 
     @torch.no_grad()
     def _reference_call(self, states: Tensor, timesteps: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        if self._frozen_copy is not None:
-            return call_network(self._frozen_copy, states, timesteps, inputs)
-        if hasattr(self.network, "reference_forward"):  # exact worlds: the analytic score without its residual
+        # exact worlds: the analytic score without its residual
+        if self._frozen_copy is None and hasattr(self.network, "reference_forward"):
             states = states.to(next(self.network.parameters()).dtype)
             return self.network.reference_forward(states, timesteps, **inputs)
-        adapters = self._adapters()
-        if not adapters:
-            raise ValueError(
-                "this policy has no reference: call policy.add_lora() or policy.train_all_weights() before training."
-            )
-        for module in adapters:
-            module.enable_adapters(False)
-        try:
-            return call_network(self.network, states, timesteps, inputs)
-        finally:
-            for module in adapters:
-                module.enable_adapters(True)
+        with self.reference_weights() as network:
+            return call_network(network, states, timesteps, inputs)
 
     def step(
         self,
