@@ -58,6 +58,16 @@ class LanguageWeights(Trainable):
         modules = [module for module in (self._value_heads, self._value_network) if module is not None]
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
+    def train_all_weights(self) -> None:
+        """Makes every weight of the network trainable, in float32, and keeps a frozen copy of it as the reference.
+
+        A network in half precision becomes float32, the same numbers, before it is copied: the KL then starts at 0.
+        Raises ValueError if there is an adapter.
+        """
+        self._refuse_adapters()
+        in_full_precision(self.network)
+        super().train_all_weights()
+
     def add_lora(
         self,
         rank: int = 4,
@@ -104,7 +114,7 @@ class LanguageWeights(Trainable):
         """
         self._value_heads = self._value_network = None
         if network is not None:
-            self._value_network = _in_full(network).eval()
+            self._value_network = in_full_precision(network).eval()
             return
         hidden_size = getattr(getattr(self.network, "config", None), "hidden_size", None)
         if hidden_size is None:
@@ -114,7 +124,7 @@ class LanguageWeights(Trainable):
             )
         heads = ValueHeads(hidden_size, num_heads, next(self.network.parameters()))
         if own_trunk:
-            self._value_network = _in_full(copy.deepcopy(self.network))
+            self._value_network = in_full_precision(copy.deepcopy(self.network))
             self._value_network.set_output_embeddings(heads)  # in the place of the vocabulary
             self._value_network.requires_grad_(True).eval()
         else:
@@ -186,7 +196,10 @@ class LanguageWeights(Trainable):
         self.network.requires_grad_(False)
 
 
-def _in_full(network: nn.Module) -> nn.Module:
-    """The module itself, in float32 where it was in half precision."""
-    half = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in network.parameters())
-    return network.float() if half else network
+def in_full_precision(network: nn.Module) -> nn.Module:
+    """The module itself, in float32 if any of it was in half precision."""
+    return network.float() if in_half_precision(network) else network
+
+
+def in_half_precision(network: nn.Module) -> bool:
+    return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in network.parameters())

@@ -42,7 +42,8 @@ def run_pass(
 
 
 def new_cache(network: nn.Module):
-    if cache_name(named_inputs(network)) is None:
+    default = getattr(network, "_supports_default_dynamic_cache", lambda: True)  # xLSTM, for one, has its own
+    if cache_name(named_inputs(network)) is None or not default():
         return None
     from transformers import DynamicCache
 

@@ -78,6 +78,8 @@ def check_known(rows: Sequence[Sequence[int]], names: Sequence[str], size: int |
     """Raises ValueError for the first id that the network does not have; `names` say whose rows they are."""
     for row, name in zip(rows, names, strict=True) if size is not None else ():
         token = next((token for token in row if not 0 <= token < size), None)
+        if token is not None and token < 0:
+            raise ValueError(f"{name} has the id {token}; expected 0 to {size - 1}: leave padding and labels away.")
         if token is not None:
             word = getattr(tokenizer, "convert_ids_to_tokens", lambda token: "?")(token)
             raise ValueError(

@@ -1,0 +1,47 @@
+"""A transformers sequence classifier, whatever its head looks like: what it says of a text.
+
+Causal trunks (GPT-2, Llama) have a linear `score` that reads the last token: found by the mask's end, for transformers
+looks for the last token that is not padding, and passes over an EOS that padding shares. Others (RoBERTa, DeBERTa,
+ModernBERT) pool in their own way, so they are called as they are.
+"""
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minialign.policies.passes import checkpointing
+
+
+def check_classifier(network: nn.Module) -> None:
+    """Raises ValueError, before any text is read, for what is no sequence classifier of transformers'."""
+    if hasattr(network, "get_base_model"):
+        raise ValueError(
+            "the network is a PeftModel, of which all weights would train: pass network.merge_and_unload()."
+        )
+    if not hasattr(network, "config") or "ForSequenceClassification" not in _names(network):
+        raise ValueError(
+            f"{type(network).__name__} is no sequence classifier: load it with "
+            "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
+        )
+
+
+def _names(network: nn.Module) -> str:
+    return " ".join(kind.__name__ for kind in type(network).__mro__)
+
+
+def class_outputs(network: nn.Module, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"]) -> Float[Tensor, "b heads"]:
+    """The head's outputs, in float32; rows are padded on the right."""
+    with checkpointing(network):
+        if not hasattr(network, "score"):
+            return network(input_ids=ids, attention_mask=mask).logits.float()
+        hidden = getattr(network, network.base_model_prefix)(input_ids=ids, attention_mask=mask).last_hidden_state
+        last = (mask.sum(1) - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
+        return network.score(hidden.gather(1, last).squeeze(1)).float()
+
+
+def output_layer(network: nn.Module) -> nn.Linear:
+    """The last linear layer of its head, a row of weights an output. Raises ValueError for a head without one."""
+    trunk = set(getattr(network, network.base_model_prefix).modules())
+    head = [module for module in network.modules() if module not in trunk and isinstance(module, nn.Linear)]
+    if not head or head[-1].out_features != network.config.num_labels:
+        raise ValueError(f"the head of {type(network).__name__} does not end with a linear layer, an output a label.")
+    return head[-1]
