@@ -138,8 +138,14 @@ class LanguageWeights(Trainable):
         Path(folder).mkdir(parents=True, exist_ok=True)
         if self._peft is not None:
             self._peft.save_pretrained(folder)
-        elif getattr(self.network, "_hf_peft_config_loaded", False):  # transformers' own add_adapter
-            self.network.save_pretrained(folder)  # writes the adapter alone
+        elif adapter := self._active_adapter(self._adapters()):  # one that came without PeftModel: add_adapter
+            from peft import get_peft_model_state_dict
+            from safetensors.torch import save_file
+
+            self.network.peft_config[adapter].save_pretrained(folder)
+            weights = get_peft_model_state_dict(self.network, adapter_name=adapter)
+            weights = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
+            save_file(weights, Path(folder) / "adapter_model.safetensors")
         else:
             self._save_trainable(folder)
 
