@@ -63,7 +63,7 @@ class Config(Settings):
     variant: Literal["mu", "xi", "all", "fixed"] = "mu"  # at least theta; exactly; at most, all being the task; PPO
     squash: bool = True  # multipliers through sigmoid or tanh; False: the textbook's dual
     standardise: bool = True  # each advantage by itself, before mixing; False: multipliers are the tilt itself
-    multiplier_lr: NonNegative | None = None  # SGD, one step after every policy step; None: .1, of "xi" .025
+    multiplier_lr: NonNegative = 0.1  # SGD, one step after every policy step; .5 oscillates
     multiplier_momentum: Fraction = 0.1
     multiplier_max_norm: Limit = 0.5  # l2, of the multipliers' gradient
     beta: NonNegative = 0.02  # reward per nat inside each reward of "all" and "fixed"; it cancels elsewhere
@@ -120,18 +120,13 @@ def mix_advantages(
     return advantages[..., :-1] @ reward_weights.to(advantages) + kl_weight.to(advantages) * advantages[..., -1]
 
 
-def default_multiplier_lr(variant: str) -> float:
-    """.1; a quarter for "xi": at 0 tanh is four times as steep as a sigmoid, and at .1 v swings round its threshold."""
-    return 0.025 if variant == "xi" else 0.1
-
-
 def multiplier_step(
     raw: Float[Tensor, "n"], velocity: Float[Tensor, "n"], violation: Float[Tensor, "n"], config: Config
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """(raw, velocity) after one step of SGD with momentum down sum_i l_i (v_i - theta_i).
 
     violation: v - theta. Too little reward raises l, enough lowers it ("all": the other way round). From raw = 0 with
-    the default lr and violation .1: -.0025 (sigmoid; tanh: the same). Unsquashed multipliers of inequalities stay at 0 or above.
+    lr .1 and violation .1: -.0025 (sigmoid), -.01 (tanh). Unsquashed multipliers of inequalities stay at 0 or above.
     """
     slope = torch.ones_like(raw)
     if config.squash:
@@ -140,8 +135,7 @@ def multiplier_step(
     gradient = slope * (-violation if config.variant == "all" else violation)
     gradient = gradient * (config.multiplier_max_norm / gradient.norm().clamp_min(1e-12)).clamp_max(1.0)
     velocity = config.multiplier_momentum * velocity + gradient
-    lr = default_multiplier_lr(config.variant) if config.multiplier_lr is None else config.multiplier_lr
-    raw, free = raw - lr * velocity, config.squash or config.variant == "xi"
+    raw, free = raw - config.multiplier_lr * velocity, config.squash or config.variant == "xi"
     return raw if free else raw.clamp_min(0), velocity
 
 

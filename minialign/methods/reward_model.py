@@ -30,7 +30,8 @@ from minialign import show
 from minialign.evaluate import Trial
 from minialign.loop import Run, Step, gather_rows, num_processes, own_rows
 from minialign.policies import special_tokens
-from minialign.policies.classifier import check_classifier, class_outputs, output_layer
+from minialign.policies.classifier import check_classifier, check_padding, class_outputs, output_layer
+from minialign.policies.passes import in_full_precision
 from minialign.settings import Count, Limit, NonNegative, Settings
 from minialign.statistics import Moments
 
@@ -108,6 +109,7 @@ class RewardModel:
             raise ValueError("the tokenizer needs a pad and an EOS token: scores are read at the EOS.")
         network.config.pad_token_id = tokenizer.pad_token_id
         self.bias, self.gain = 0.0, 1.0
+        self._padded = False  # whether padding was seen, and found to change nothing
         self.network_evaluations = 0  # rows; one that will be differentiated counts 3
 
     def tokenize(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Tensor]:
@@ -132,7 +134,12 @@ class RewardModel:
         """What the classifier's heads say of each row: of its last token, where it is causal."""
         device = next(self.network.parameters()).device
         self.network_evaluations += len(batch["input_ids"]) * (3 if torch.is_grad_enabled() else 1)
-        return class_outputs(self.network, batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        outputs = class_outputs(self.network, ids, mask)
+        if not self._padded and not mask.all():  # once
+            check_padding(self.network, ids, mask, outputs.detach())
+            self._padded = True
+        return outputs
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[str], prompts: Sequence[str]) -> Float[Tensor, "b"]:

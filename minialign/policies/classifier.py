@@ -5,10 +5,11 @@ looks for the last token that is not padding, and passes over an EOS that paddin
 ModernBERT) pool in their own way, so they are called as they are.
 """
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minialign.policies.passes import checkpointing
+from minialign.policies.passes import checkpointing, in_half_precision
 
 
 def check_classifier(network: nn.Module) -> None:
@@ -36,6 +37,19 @@ def class_outputs(network: nn.Module, ids: Int[Tensor, "b t"], mask: Int[Tensor,
         hidden = getattr(network, network.base_model_prefix)(input_ids=ids, attention_mask=mask).last_hidden_state
         last = (mask.sum(1) - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
         return network.score(hidden.gather(1, last).squeeze(1)).float()
+
+
+@torch.no_grad()
+def check_padding(network: nn.Module, ids: Tensor, mask: Tensor, outputs: Tensor) -> None:
+    """Raises ValueError if the shortest row, alone, gives other outputs than beside the others (XLNet)."""
+    row, length = int(mask.sum(1).argmin()), int(mask.sum(1).min())
+    alone = class_outputs(network, ids[row : row + 1, :length], mask[row : row + 1, :length])
+    gap, size = float((alone - outputs[row]).abs().max()), float(outputs.abs().max())
+    if not gap <= 1e-6 + (0.2 if in_half_precision(network) else 1e-2) * size:
+        raise ValueError(
+            f"{type(network).__name__} reads padding: {ids.shape[1] - length} tokens of it move a score by {gap:.2g}. "
+            "Take a classifier that can be padded on the right (GPT-2, Llama, RoBERTa, DeBERTa, ModernBERT)."
+        )
 
 
 def output_layer(network: nn.Module) -> nn.Linear:

@@ -20,7 +20,7 @@ from minialign.kernels import at_least_float32, sample_tokens, token_entropy, to
 from minialign.policies import special_tokens
 from minialign.policies.language_weights import LanguageWeights
 from minialign.policies.noise import row_noise
-from minialign.policies.passes import check_agreement, new_cache, run_pass
+from minialign.policies.passes import check_agreement, in_half_precision, new_cache, run_pass
 from minialign.policies.responses import Responses, Scores
 
 
@@ -227,7 +227,7 @@ class LanguagePolicy(LanguageWeights):
             self._texts(tokens, mask), float(temperature),
         )  # fmt: skip
         self._check_passes(responses)
-        if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.network.parameters()):
+        if in_half_precision(self.network):
             responses.log_probs = self.log_probs(responses)
         return responses
 

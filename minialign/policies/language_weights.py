@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minialign.policies.passes import in_full_precision
 from minialign.policies.trainable import TRAINABLE, Trainable, ValueHeads
 
 
@@ -25,7 +26,7 @@ class LanguageWeights(Trainable):
     _value_network: nn.Module | None = None
 
     def _unwrapped(self, network: nn.Module) -> nn.Module:
-        """The network inside a PeftModel. Raises ValueError for an adapter that does not sit in the network's layers."""
+        """The network inside a PeftModel. Raises ValueError for an adapter that does not sit in its layers."""
         if not hasattr(network, "get_base_model"):
             return network
         if network.active_peft_config.is_prompt_learning or network.active_peft_config.is_adaption_prompt:
@@ -35,9 +36,9 @@ class LanguageWeights(Trainable):
         return network.get_base_model()
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable ones, the critic's included. Raises ValueError when the network has none, or for half precision.
+        """The trainable ones, the critic's included.
 
-        See `Trainable.parameters` for what else is refused.
+        Raises ValueError when the network has none, for half precision, and for what `Trainable.parameters` refuses.
         """
         found = super().parameters() + self.value_parameters()
         half = next((p.dtype for p in found if p.dtype.itemsize < 4), None)
@@ -131,7 +132,7 @@ class LanguageWeights(Trainable):
             self._value_heads = heads
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Writes what was trained: an adapter in peft's format (`PeftModel.from_pretrained`), else all trainable weights.
+        """Writes what was trained: an adapter in peft's format (`PeftModel.from_pretrained`), else all trainable ones.
 
         `load_adapter` goes on from either. The critic is not written: it is of no use without the run that it served.
         """
@@ -186,7 +187,7 @@ class LanguageWeights(Trainable):
         self._peft = wrapper.eval()
 
     def merge(self) -> None:
-        """Folds what was trained into the weights, which are then the base: frozen, and the reference of what trains next.
+        """Folds what was trained into the weights, which are then the base: frozen, the reference of what trains next.
 
         An adapter is rounded to the precision of the base. Raises ValueError if nothing was trained.
         """
@@ -196,16 +197,7 @@ class LanguageWeights(Trainable):
             self.network, self._peft = self._peft.merge_and_unload().eval(), None
         else:
             raise ValueError(
-                "nothing to merge: no weights were trained. An adapter that transformers' own add_adapter made is merged "
-                "by peft alone: load it as a PeftModel."
+                "nothing to merge: no weights were trained. An adapter of transformers' own add_adapter is merged by "
+                "peft alone: load it as a PeftModel."
             )
         self.network.requires_grad_(False)
-
-
-def in_full_precision(network: nn.Module) -> nn.Module:
-    """The module itself, in float32 if any of it was in half precision."""
-    return network.float() if in_half_precision(network) else network
-
-
-def in_half_precision(network: nn.Module) -> bool:
-    return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in network.parameters())

@@ -4,6 +4,8 @@
     new_cache         transformers' cache for this network, or None where it takes none
     checkpointing     lets layers save memory as gradient_checkpointing_enable() asked them to, dropout staying off
     check_agreement   with its cache, in one pass, beside padding: the same log-probabilities, or a ValueError
+
+What is sampled must be what is scored: else no ratio is 1 before the first update, and nothing tells.
 """
 
 from collections.abc import Callable, Iterator
@@ -102,10 +104,19 @@ def _without_dropout(layer: nn.Module, checkpoint: Callable) -> Callable:
     return run
 
 
+def in_half_precision(network: nn.Module) -> bool:
+    """Whether any weight is."""
+    return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in network.parameters())
+
+
+def in_full_precision(network: nn.Module) -> nn.Module:
+    """The module itself, in float32 if any of it was in half precision."""
+    return network.float() if in_half_precision(network) else network
+
+
 def rounding(network: nn.Module) -> float:
     """Nats by which two ways of adding up may differ, on average over tokens: generous, for a fault is larger."""
-    half = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in network.parameters())
-    return 0.2 if half else 1e-3 if torch.get_float32_matmul_precision() == "highest" else 2e-2
+    return 0.2 if in_half_precision(network) else 1e-3 if torch.get_float32_matmul_precision() == "highest" else 2e-2
 
 
 def check_agreement(

@@ -4,6 +4,8 @@
     encode            tokens of texts, opened as the tokenizer opens any text (BOS, [CLS]), once; nothing behind them
     vocabulary        ids that the network reads, and says; `check_known` names the token that is beyond them
     check_decoding    what else a `generation_config` asks for, which training does not do: refused, or said aloud
+
+Policies and reward models read a text alike.
 """
 
 import warnings

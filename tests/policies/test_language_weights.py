@@ -48,7 +48,7 @@ def test_a_second_adapter_is_refused():
     wrapper = peft_model(llama())
     wrapper.add_adapter("style", LoraConfig(r=2, target_modules=["q_proj"]))
     wrapper.base_model.set_adapter(["default", "style"])
-    with pytest.raises(ValueError, match="adapters default, style are on.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"adapters default, style are on.*merge_and_unload"):
         LanguagePolicy(wrapper, tokenizer()).parameters()
 
 
@@ -62,7 +62,7 @@ def test_an_adapter_without_its_peft_model(tmp_path):
     responses = sampled(policy)
     with pytest.raises(ValueError, match="has the adapter 'own' already"):
         policy.add_lora()
-    with pytest.raises(ValueError, match="nothing to merge.*PeftModel"):
+    with pytest.raises(ValueError, match=r"nothing to merge.*PeftModel"):
         policy.merge()
     policy.save_adapter(tmp_path)
     again = policy_of("llama")
@@ -75,7 +75,7 @@ def test_adapters_that_add_tokens_are_refused():
     from peft import PromptTuningConfig, get_peft_model
 
     network = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="PROMPT_TUNING adapter adds tokens, not weights.*LoRA"):
+    with pytest.raises(ValueError, match=r"PROMPT_TUNING adapter adds tokens, not weights.*LoRA"):
         LanguagePolicy(network, tokenizer())
 
 
@@ -85,7 +85,7 @@ def test_adapters_that_add_tokens_are_refused():
 @each_model
 @pytest.mark.parametrize("train", ["add_lora", "train_all_weights"])
 def test_what_was_saved_can_be_trained_further(name, train, tmp_path):
-    """The same numbers, over the same reference, and all that trained before trains again; saving it again is the same."""
+    """The same numbers, over the same reference; all that trained before trains again, and is saved again."""
     first, second = policy_of(name), policy_of(name)
     getattr(first, train)()
     shaken(first.parameters())
@@ -176,13 +176,13 @@ def test_weights_of_another_network_are_refused_and_leave_it_as_it_was(train, tm
     shaken(policy.parameters())
     policy.save_adapter(tmp_path)
     before = copy.deepcopy(other.network.state_dict())
-    with pytest.raises(ValueError):  # peft's own words where no layer has the name
+    with pytest.raises(ValueError, match=r"saved from another network|not found in the base model"):
         other.load_adapter(tmp_path)
     wide = llama()
     wide.model.layers[1].self_attn.q_proj = torch.nn.Linear(16, 16, bias=False)
     wide.model.layers[1].mlp.up_proj = torch.nn.Linear(16, 48, bias=False)
     wide = LanguagePolicy(wide, tokenizer())
-    with pytest.raises(ValueError, match="and this network .* saved from another network"):
+    with pytest.raises(ValueError, match=r"and this network .* saved from another network"):
         wide.load_adapter(tmp_path)
     for network, keys in ((other.network, before.keys()), (wide.network, llama().state_dict().keys())):
         assert network.state_dict().keys() == keys

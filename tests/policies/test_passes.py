@@ -74,7 +74,7 @@ class Forgetful(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_that_tells_another_story_is_refused(dtype):
-    with pytest.raises(ValueError, match="Forgetful gives other probabilities with its cache.*use_cache=False"):
+    with pytest.raises(ValueError, match=r"Forgetful gives other probabilities with its cache.*use_cache=False"):
         sampled(LanguagePolicy(Forgetful().to(dtype), tokenizer()), prompts=EQUAL)
     policy = LanguagePolicy(Forgetful().to(dtype), tokenizer(), use_cache=False)  # as advised
     responses = sampled(policy)

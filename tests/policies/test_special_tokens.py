@@ -92,7 +92,7 @@ def test_unknown_tokens_are_named_before_the_network_is_called():
     narrow.lm_head = torch.nn.Linear(16, 6)
     policy = LanguagePolicy(narrow, tokenizer())
     assert policy.encode(["j"])[0].tolist() == [[12]]
-    with pytest.raises(ValueError, match="response 0 has the token 'j', id 12.*0 to 5"):
+    with pytest.raises(ValueError, match=r"response 0 has the token 'j', id 12.*0 to 5"):
         policy.responses(["j"], ["j"])
 
 
