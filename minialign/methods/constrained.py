@@ -185,7 +185,7 @@ def round_advantages(episodes: Episodes, scores: Float[Tensor, "round n"], batch
     advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
     if config.standardise:
         # a reward that is the same for all, and the KL of a policy that has not moved, are rounding errors by now
-        floor = torch.cat([1e-5 * scores.abs().amax(0), scores.new_full((1,), 1e-3)])
+        floor = torch.cat([(1e-5 * scores.abs().amax(0)).clamp_min(1e-8), scores.new_full((1,), 1e-3)])
         whole = batch.gather(pad(advantages, (0, 0, *right)))
         advantages = standardise_heads(whole, whole_mask, floor)[own, : mask.shape[1]]
     kl = torch.where(mask, episodes.log_probs - log_ref, 0.0).sum(1)

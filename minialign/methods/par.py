@@ -62,6 +62,11 @@ def _polynomial(x: Tensor) -> Tensor:
     return torch.where(x < -5, 0.0, torch.where(x > 5, 1.0, value))
 
 
+def _over(distance: Tensor, spread: Tensor) -> Tensor:
+    """distance / spread; 0 where rewards have no spread: there is no signal, and the distance is rounding."""
+    return torch.where(spread > 0, distance / torch.where(spread > 0, spread, 1.0), 0.0)
+
+
 def _log_sigmoid_centred(r: Tensor, refs: Tensor) -> Tensor:
     """log sigmoid(r - q), q the .85 quantile of the normal with the references' mean and Bessel std (0 if M = 1)."""
     std = refs.std(1) if refs.shape[1] > 1 else torch.zeros_like(r)
@@ -72,9 +77,9 @@ SHAPINGS = {
     "vanilla": lambda r, refs, s, c: r,
     "centred": lambda r, refs, s, c: (r[:, None] - refs).mean(1),
     "ceil": lambda r, refs, s, c: r.clamp_max(c.ceiling),
-    "meanstd": lambda r, refs, s, c: (r - s.mean) / s.std,
+    "meanstd": lambda r, refs, s, c: _over(r - s.mean, s.std),
     "clip": lambda r, refs, s, c: r.clamp(s.mean - s.std, s.mean + s.std),
-    "minmax": lambda r, refs, s, c: (r - s.low) / (s.high - s.low),
+    "minmax": lambda r, refs, s, c: _over(r - s.low, s.high - s.low),
     "lsc": lambda r, refs, s, c: _log_sigmoid_centred(r, refs),
     "sigmoid": lambda r, refs, s, c: (c.k * r).sigmoid(),
     "tanh": lambda r, refs, s, c: r.tanh(),
@@ -157,6 +162,11 @@ class Shaped:
         self.__name__ = f"{config.method} of {name_of(reward)}"
         self.raw: Tensor | None = None
         self.statistics = Moments.of(torch.stack(list(references.values()))) if config.freeze else None
+        if config.freeze and config.method in ("meanstd", "minmax") and not self.statistics.std > 0:
+            raise ValueError(
+                f"the references all have the same reward, {float(self.statistics.mean):g}, so frozen statistics give "
+                f"{config.method!r} nothing to divide by: draw more of them, or set freeze=False."
+            )
 
     def __call__(self, samples, prompts: Sequence[str]) -> Float[Tensor, "b"]:
         self.raw = checked(self.reward, samples, prompts).detach()

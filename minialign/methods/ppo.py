@@ -42,6 +42,7 @@ from minialign.kernels import (
     weighted_sums,
 )
 from minialign.loop import Batch, Run, Step, check_policy, reward_metrics
+from minialign.policies.episodes import critic_values
 from minialign.rewards import checked
 from minialign.settings import Count, Fraction, Limit, NonNegative, Number, Positive, Settings
 
@@ -143,7 +144,7 @@ def round_estimates(policy, responses, scores: Tensor, batch: Batch, beta: float
     token_beta = 0.0 if config.kl_loss else beta
     if config.advantage == "gae":
         rewards = token_rewards(scores[batch.own], responses.log_probs, log_prob_ref, mask, token_beta)
-        values = policy.values(responses)[..., 0]
+        values = critic_values(policy, responses, 1)[..., 0]
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
         estimates |= {"values": values, "returns": returns}
     else:  # one number a response; the KL that its tokens pay counts as part of its score

@@ -13,7 +13,7 @@ only then does a KL weight mean anything.
 
 `RewardModel` wraps any transformers sequence classifier and is itself a reward: `model(texts, prompts) -> scores`.
 ODIN's model has two outputs, of which RL sees the first. As in neither paper: the score's head reads the last token,
-EOS included, by the attention mask's end, so padding cannot move it.
+EOS included, by the attention mask's end, so padding cannot move it; encoders pool as they do (policies/classifier.py).
 """
 
 import math
@@ -29,7 +29,11 @@ from torch.nn.functional import logsigmoid
 from minialign import show
 from minialign.evaluate import Trial
 from minialign.loop import Run, Step, gather_rows, num_processes, own_rows
+from minialign.policies import special_tokens
+from minialign.policies.classifier import check_classifier, check_padding, class_outputs, output_layer
+from minialign.policies.passes import in_full_precision
 from minialign.settings import Count, Limit, NonNegative, Settings
+from minialign.statistics import Moments
 
 
 class Preferences(NamedTuple):
@@ -91,26 +95,34 @@ class RewardModel:
     """A transformers sequence classifier as a reward: `model(texts, prompts) -> scores (b,)`, outside autograd.
 
     network: `AutoModelForSequenceClassification` with num_labels 1, or 2 for ODIN (quality first). It reads the tokens
-    of the prompt, those of the response, EOS. Scores are (output - bias) gain; `normalise` sets the two. rows: texts in
-    one call of the network.
+    of the prompt, opened as its tokenizer opens a text (BOS, [CLS]), those of the response, EOS (or [SEP]). Scores are
+    (output - bias) gain; `normalise` sets the two. rows: texts in one call of the network.
+
+    Raises ValueError for another kind of network, and for a tokenizer without pad or EOS.
     """
 
     def __init__(self, network: nn.Module, tokenizer, rows: int = 256, name: str = "reward_model"):
+        check_classifier(network)
         self.network, self.tokenizer, self.rows, self.__name__ = network.eval(), tokenizer, rows, name
-        if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        self.end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        if tokenizer.pad_token_id is None or self.end is None:
             raise ValueError("the tokenizer needs a pad and an EOS token: scores are read at the EOS.")
         network.config.pad_token_id = tokenizer.pad_token_id
         self.bias, self.gain = 0.0, 1.0
+        self._padded = False  # whether padding was seen, and found to change nothing
         self.network_evaluations = 0  # rows; one that will be differentiated counts 3
 
     def tokenize(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Tensor]:
-        """input_ids and attention_mask (b, t), padded on the right; num_tokens (b,) of the responses with their EOS."""
-        eos = self.tokenizer.eos_token_id
-        before = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-        after = [
-            [*ids, eos] for ids in self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-        ]  # apart, so that a response's tokens do not depend on its prompt
-        rows = [a + b for a, b in zip(before, after, strict=True)]
+        """input_ids and attention_mask (b, t), padded on the right; num_tokens (b,) of the responses with their EOS.
+
+        Raises ValueError for a token that the network does not know.
+        """
+        after = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+        after = [list(ids) + [self.end] * (list(ids[-1:]) != [self.end]) for ids in after]
+        # apart, so that a response's tokens do not depend on its prompt
+        rows = [a + b for a, b in zip(special_tokens.encode(self.tokenizer, prompts), after, strict=True)]
+        names = [f"prompt {prompt[:40]!r} with its response" for prompt in prompts]
+        special_tokens.check_known(rows, names, special_tokens.vocabulary(self.network)[0], self.tokenizer)
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -119,14 +131,15 @@ class RewardModel:
         return {"input_ids": ids, "attention_mask": mask, "num_tokens": torch.tensor([len(b) for b in after])}
 
     def outputs(self, batch: dict[str, Tensor]) -> Float[Tensor, "b heads"]:
-        """What the classifier's heads say at each row's last token."""
+        """What the classifier's heads say of each row: of its last token, where it is causal."""
         device = next(self.network.parameters()).device
         self.network_evaluations += len(batch["input_ids"]) * (3 if torch.is_grad_enabled() else 1)
-        trunk = getattr(self.network, self.network.base_model_prefix)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        hidden = trunk(input_ids=ids, attention_mask=mask).last_hidden_state
-        last = hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1]
-        return self.network.score(last).float()
+        outputs = class_outputs(self.network, ids, mask)
+        if not self._padded and not mask.all():  # once
+            check_padding(self.network, ids, mask, outputs.detach())
+            self._padded = True
+        return outputs
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[str], prompts: Sequence[str]) -> Float[Tensor, "b"]:
@@ -140,9 +153,10 @@ class RewardModel:
         """Sets gain and bias so that these responses, of the base model, score 0 on average with std 1."""
         self.bias, self.gain = 0.0, 1.0
         scores = self(samples, prompts)
-        if not scores.std() > 0:
-            raise ValueError("all these responses have the same score: nothing to normalise by.")
-        self.bias, self.gain = float(scores.mean()), 1 / float(scores.std())
+        moments = Moments.of(scores)
+        if not moments.unbiased_std > 1e-5 * scores.abs().max():  # less is rounding
+            raise ValueError(f"all these responses, {len(scores)}, have the same score: nothing to normalise by.")
+        self.bias, self.gain = float(moments.mean), 1 / float(moments.unbiased_std)
 
 
 def average_weights(networks: Sequence[nn.Module], into: nn.Module) -> nn.Module:
@@ -169,7 +183,7 @@ def batch_loss(model: RewardModel, pairs: Preferences, rows: Sequence[int], conf
     if not config.odin:
         return bradley_terry_loss(scores[0, :, 0], scores[1, :, 0], config.regularisation), right
     num_tokens = gather_rows(num_tokens, own, len(rows)).T.to(scores)
-    heads, share = model.network.score.weight, 1 / num_processes()
+    heads, share = output_layer(model.network).weight, 1 / num_processes()
     heads = share * heads + (1 - share) * heads.detach()  # all processes see them: each adds its share of the gradient
     loss = odin_loss(scores[..., 0], scores[..., 1], num_tokens, heads, config.length_weight, config.orthogonal_weight)
     return loss, right
@@ -178,8 +192,8 @@ def batch_loss(model: RewardModel, pairs: Preferences, rows: Sequence[int], conf
 def pair_scores(model: RewardModel, pairs: Preferences, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Outputs (n, 2, heads) and numbers of tokens (n, 2) of the chosen and the rejected of pairs `rows`, maybe none."""
     if not rows:
-        nothing = model.network.score.weight.float().sum() * 0  # takes part, with a gradient of 0
-        return nothing.expand(0, 2, len(model.network.score.weight)), torch.zeros(0, 2)
+        nothing = next(model.network.parameters()).float().sum() * 0  # takes part, with a gradient of 0
+        return nothing.expand(0, 2, model.network.config.num_labels), torch.zeros(0, 2)
     prompts = [pairs.prompts[i] for i in rows]
     batch = model.tokenize(prompts * 2, [pairs.chosen[i] for i in rows] + [pairs.rejected[i] for i in rows])
     outputs = model.outputs(batch).view(2, len(rows), -1).transpose(0, 1)
@@ -191,7 +205,9 @@ def check(model: RewardModel, pairs: Preferences, config: Config) -> None:
     sizes = [len(part) for part in pairs]
     if len(set(sizes)) > 1 or sizes[0] == 0:
         raise ValueError(f"there are {sizes[0]} prompts, {sizes[1]} chosen and {sizes[2]} rejected responses.")
-    heads, wanted = model.network.score.weight.shape[0], 2 if config.odin else 1
+    heads, wanted = model.network.config.num_labels, 2 if config.odin else 1
+    if config.odin:
+        output_layer(model.network)
     if heads != wanted:
         raise ValueError(
             f"the network has {heads} outputs and odin is {config.odin}: load it with num_labels={wanted}."
@@ -207,7 +223,7 @@ def train(
     `torchrun` each process scores its own share of every minibatch.
     """
     check(model, pairs, config)
-    model.network.requires_grad_(True)
+    in_full_precision(model.network).requires_grad_(True)
     parameters = list(model.network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     run = Run(config, optimizer, generator, resume, [model])

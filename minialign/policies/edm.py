@@ -13,11 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, edm_denoised, edm_scalings, expand_as
-<<<<<<< HEAD
-from minialign.policies.loading import load_whole
-=======
 from minialign.policies.encoders import height_and_width
->>>>>>> image
+from minialign.policies.loading import load_whole
 
 
 class EDMDenoiser(nn.Module):
@@ -41,12 +38,7 @@ class EDMDenoiser(nn.Module):
         """
         from diffusers import EDMEulerScheduler, UNet2DModel
 
-<<<<<<< HEAD
         unet = load_whole(UNet2DModel, Path(folder) / "unet", low_cpu_mem_usage=False)
-        scheduler = EDMEulerScheduler.from_pretrained(Path(folder) / "scheduler", local_files_only=True)
-        return cls(unet.requires_grad_(False), scheduler.config.sigma_data)
-=======
-        unet = UNet2DModel.from_pretrained(Path(folder) / "unet", local_files_only=True, low_cpu_mem_usage=False)
         config, _ = EDMEulerScheduler.load_config(
             Path(folder) / "scheduler", return_unused_kwargs=True, local_files_only=True
         )
@@ -58,7 +50,6 @@ class EDMDenoiser(nn.Module):
             )
         scheduler = EDMEulerScheduler.from_config(config)
         return cls(unet.requires_grad_(False).eval(), scheduler.config.sigma_data)
->>>>>>> image
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -47,13 +47,20 @@ def respond(
         return log_prob, values
 
     places = [torch.arange(responses.mask.shape[1], device=policy.device)]
-    log_prob_ref, values = policy.log_probs(responses, reference=True), policy.values(responses) if num_heads else None
-    if values is not None and values.shape[-1] != num_heads:
+    log_prob_ref = policy.log_probs(responses, reference=True)
+    values = critic_values(policy, responses, num_heads) if num_heads else None
+    return Episodes(responses.texts, responses.log_probs, log_prob_ref, responses.mask, values, score, places, 1)
+
+
+def critic_values(policy, responses, num_heads: int) -> Tensor:
+    """What a LanguagePolicy's critic expects before each token, (b, t, num_heads); ValueError for another number."""
+    values = policy.values(responses)
+    if values.shape[-1] != num_heads:
         raise ValueError(
             f"the critic has {values.shape[-1]} heads; this method needs {num_heads}: call "
             f"policy.add_value_heads({num_heads}) before."
         )
-    return Episodes(responses.texts, responses.log_probs, log_prob_ref, responses.mask, values, score, places, 1)
+    return values
 
 
 def denoise(policy, prompts: list[str], noise: Tensor, rows_per_pass: int, steps_per_pass: int) -> Episodes:

@@ -10,59 +10,48 @@ action. Log-probabilities, values and masks are indexed by the action; the logit
 it stand one position before it. Nothing is read from padding, so its content cannot matter.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minialign.kernels import at_least_float32, sample_tokens, token_entropy, token_log_probs
-from minialign.policies.architectures import cache_name, named_inputs
+from minialign.policies import special_tokens
+from minialign.policies.language_weights import LanguageWeights
 from minialign.policies.noise import row_noise
+from minialign.policies.passes import check_agreement, in_half_precision, new_cache, run_pass
 from minialign.policies.responses import Responses, Scores
-from minialign.policies.trainable import Trainable, ValueHeads
 
 
-class LanguagePolicy(Trainable):
+class LanguagePolicy(LanguageWeights):
     """Any transformers causal language model with its tokenizer; or a module called in the same way.
 
     network: called as `network(input_ids, attention_mask=...)`, it gives logits (b, s, v), as they are or as `.logits`.
     What else it takes (position_ids, a cache, logits_to_keep) is used if its forward names it: a table needs none of
     them. It may carry a LoRA adapter already, as a PeftModel.
-    fixed_length: responses have no EOS and always `num_tokens` tokens (enumerable worlds).
+    fixed_length: responses have no EOS and always `num_tokens` tokens (enumerable worlds). Else every id that the
+    tokenizer or the network's generation_config calls EOS ends one. use_cache=False: whole passes, also to generate.
     network_evaluations counts sequences: each pass over one, or its generation token by token, counts 1, and 3 if it
     will be differentiated; in half precision a generation is scored again, and counts 2. A critic with its own trunk
     counts on its own, one on the policy's trunk nothing.
 
-    Raises ValueError for a tokenizer without EOS, or with ids that the network does not have.
+    Raises ValueError for a tokenizer without EOS or with ids that the network does not have, and for a
+    generation_config that would have responses come from another distribution (repetition_penalty).
     """
 
-    def __init__(self, network: nn.Module, tokenizer, *, fixed_length: bool = False):
-        # peft works in place: its wrapper is needed for saving alone
-        self._peft = network if hasattr(network, "get_base_model") else None
-        network = network if self._peft is None else network.get_base_model()
+    def __init__(self, network: nn.Module, tokenizer, *, fixed_length: bool = False, use_cache: bool = True):
+        network = self._unwrapped(network)
         self.network = network.eval()  # dropout would make the ratio differ from 1 before the first update
-        self.tokenizer = tokenizer
-        self.eos = None if fixed_length else tokenizer.eos_token_id
-        if self.eos is None and not fixed_length:
-            raise ValueError(
-                "the tokenizer has no EOS token, so no response could end: set tokenizer.eos_token, or pass "
-                "fixed_length=True."
-            )
+        self.tokenizer, self.use_cache = tokenizer, use_cache
+        special_tokens.check_decoding(network)
+        self.ends = [] if fixed_length else special_tokens.ends(tokenizer, network)
         pad = getattr(tokenizer, "pad_token_id", None)
-        self.pad = pad if pad is not None else self.eos or 0  # padding is masked: any token will do
-        vocabulary = getattr(getattr(network, "config", None), "vocab_size", None)
-        for name, token in (("EOS", self.eos), ("pad", self.pad)):
-            if vocabulary is not None and token is not None and token >= vocabulary:
-                raise ValueError(
-                    f"the tokenizer's {name} token has id {token}, but the network knows ids 0 to {vocabulary - 1}: "
-                    "call network.resize_token_embeddings(len(tokenizer)) before."
-                )
+        self.pad = pad if pad is not None else self.ends[0] if self.ends else 0  # padding is masked: any token will do
+        size, _ = special_tokens.vocabulary(network)
+        special_tokens.check_known([[self.pad], self.ends], ["the padding", "the end"], size, tokenizer)
         self.network_evaluations = 0
-        self._value_heads: ValueHeads | None = None
-        self._value_network: nn.Module | None = None
+        self._agreed: set[bool] = set()  # whether passes were compared without (False) and with padding (True)
 
     @property
     def device(self) -> torch.device:
@@ -80,153 +69,34 @@ class LanguagePolicy(Trainable):
                 module.to(device)
         return self
 
-    # ---------------------------------------------------------------- what is trained, and against which reference
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable ones, the critic's included. Raises ValueError when the network has none."""
-        return super().parameters() + self.value_parameters()
-
-    @property
-    def critic(self) -> nn.Module | None:
-        """The critic's own network, if it has one: called as the policy's."""
-        return self._value_network
-
-    def value_parameters(self) -> list[nn.Parameter]:
-        """Those of the critic alone: its heads, and its trunk if that is its own. Empty without a critic."""
-        modules = [module for module in (self._value_heads, self._value_network) if module is not None]
-        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-
-    def add_lora(
-        self,
-        rank: int = 4,
-        alpha: int | None = None,
-        target_modules: Sequence[str] | str = "all-linear",
-        seed: int = 0,
-    ) -> None:
-        """Freezes the network and adds a LoRA adapter (peft), zero at first. Reference: the network without it."""
-        from peft import LoraConfig, get_peft_model
-        from transformers.pytorch_utils import Conv1D
-
-        if not hasattr(self.network, "get_output_embeddings"):
-            raise ValueError(f"{type(self.network).__name__} takes no LoRA: call policy.train_all_weights() instead.")
-        if self._adapters():
-            raise ValueError("this network has an adapter already; train that one, or merge it and start again.")
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha or rank,
-            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self.network.modules()),  # GPT-2
-            init_lora_weights="gaussian",
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._peft = get_peft_model(self.network, config).eval()
-
-    def add_value_heads(self, num_heads: int = 1, *, own_trunk: bool = False, network: nn.Module | None = None) -> None:
-        """A critic with `num_heads` outputs, all 0 at first: linear heads on the policy's last hidden state.
-
-        own_trunk: on a copy of the network as it is now, all of it trainable: policy and critic then do not pull at one
-        trunk. network: another module called like the policy, with outputs (b, s, num_heads) as they are or as
-        `.logits`: a table, or a token classifier. Replaces an earlier critic.
-        """
-        self._value_heads = self._value_network = None
-        if network is not None:
-            self._value_network = network.eval()
-            return
-        hidden_size = getattr(getattr(self.network, "config", None), "hidden_size", None)
-        if hidden_size is None:
-            raise ValueError(
-                f"{type(self.network).__name__} has no hidden states to put value heads on: pass network=, a module "
-                "with one output a head."
-            )
-        heads = ValueHeads(hidden_size, num_heads, next(self.network.parameters()))
-        if own_trunk:
-            self._value_network = copy.deepcopy(self.network)
-            self._value_network.set_output_embeddings(heads)  # in the place of the vocabulary
-            self._value_network.requires_grad_(True).eval()
-        else:
-            self._value_heads = heads
-
-    def save_adapter(self, folder: str | Path) -> None:
-        """Writes what was trained: LoRA in peft's format (`PeftModel.from_pretrained`), else all trainable weights.
-
-        The critic is not written: it is of no use without the run that it served.
-        """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if self._peft is not None:
-            self._peft.save_pretrained(folder)
-        else:
-            self._save_trainable(folder)
-
-    # ---------------------------------------------------------------- the network
-
-    def _call(
-        self,
-        network: nn.Module,
-        tokens: Tensor,
-        mask: Tensor,
-        keep: int,
-        *,
-        cache=None,
-        hidden: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(outputs, hidden states) at the last `keep` of `tokens`; `mask` also covers what is in the cache."""
-        accepted = named_inputs(network)
-        inputs = {"attention_mask": mask.long()}
-        if "position_ids" in accepted:  # counted from the first real token
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = keep
-        if hidden:
-            inputs["output_hidden_states"] = True
-        if cache is not None:
-            inputs |= {cache_name(accepted): cache, "use_cache": True}
-        elif "use_cache" in accepted:
-            inputs["use_cache"] = False
-        output = network(tokens, **inputs)
-        logits = getattr(output, "logits", output)[:, -keep:]
-        return logits, output.hidden_states[-1] if hidden else None
-
-    def _reference_call(self, *args) -> tuple[Tensor, None]:
-        if self._frozen_copy is not None:
-            return self._call(self._frozen_copy, *args)
-        adapters = self._adapters()
-        if not adapters:
-            raise ValueError(
-                "this policy has no reference: call policy.add_lora() or policy.train_all_weights() before training."
-            )
-        for module in adapters:
-            module.enable_adapters(False)
-        try:
-            return self._call(self.network, *args)
-        finally:
-            for module in adapters:
-                module.enable_adapters(True)
-
     # ---------------------------------------------------------------- prompts and responses
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens and mask (b, p) of prompts, padded on the left. The tokenizer adds what it adds to any text (BOS).
+        """Tokens and mask (b, p) of prompts, padded on the left, each opened once as the tokenizer opens a text (BOS).
 
-        Raises ValueError for an empty list, an empty prompt, one that ends with EOS, one that fills the context.
+        Raises ValueError for an empty list, an empty prompt, one that ends with an end token or fills the context, and
+        for a token that the network does not know.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the string {prompts!r}; expected a list of strings: [{prompts!r}].")
         if len(prompts) == 0:
             raise ValueError("prompts is empty; give at least one.")
         unique = list(dict.fromkeys(prompts))
-        ids = dict(zip(unique, self.tokenizer(unique)["input_ids"], strict=True))
+        ids = dict(zip(unique, special_tokens.encode(self.tokenizer, unique), strict=True))
         for prompt in unique:
-            self._check_prompt(prompt, list(ids[prompt]))
-        return self._pad([list(ids[prompt]) for prompt in prompts], left=True)
+            self._check_prompt(prompt, ids[prompt])
+        names = [f"prompt {prompt[:40]!r}" for prompt in unique]
+        size, _ = special_tokens.vocabulary(self.network)
+        special_tokens.check_known(list(ids.values()), names, size, self.tokenizer)
+        return self._pad([ids[prompt] for prompt in prompts], left=True)
 
     def _check_prompt(self, prompt: str, ids: list[int]) -> None:
         if not ids:
             raise ValueError(f"prompt {prompt!r} has no tokens: the first action needs at least one before it (a BOS).")
-        if ids[-1] == self.eos and len(ids) > 1:
+        if ids[-1] in self.ends and len(ids) > 1:
             raise ValueError(
-                f"the tokenizer ends prompt {prompt!r} with EOS, so its response would follow an end: use a tokenizer "
-                "that does not add EOS (add_eos_token=False)."
+                f"prompt {prompt[-40:]!r} ends with an end token, so its response would follow an end: leave it away "
+                "(a chat template puts the answer's opening there with add_generation_prompt=True)."
             )
         if self.context is not None and len(ids) >= self.context:
             raise ValueError(
@@ -247,20 +117,24 @@ class LanguagePolicy(Trainable):
     def responses(
         self, prompts: Sequence[str], responses: Sequence[str] | Sequence[Sequence[int]], temperature: float | int = 1.0
     ) -> Responses:
-        """Given responses, ready to be scored: texts (EOS is added), or token ids, which are taken as they are."""
+        """Given responses, ready to be scored: texts, or token ids, which are taken as they are.
+
+        EOS is added to a text, unless it ends with an end token of its own.
+        """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses: give one response to each.")
         prompt_tokens, prompt_mask = self.encode(prompts)
         if isinstance(responses[0], str):
-            end = [] if self.eos is None else [self.eos]
             ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-            responses = [list(row) + end for row in ids]
+            responses = [list(row) + ([] if row and row[-1] in self.ends else self.ends[:1]) for row in ids]
         empty = [i for i, row in enumerate(responses) if len(row) == 0]
         if empty:
             raise ValueError(f"response {empty[0]} has no tokens; every response has at least its EOS.")
+        names, size = [f"response {i}" for i in range(len(responses))], special_tokens.vocabulary(self.network)[1]
+        special_tokens.check_known(responses, names, size, self.tokenizer)
         tokens, mask = self._pad(responses, left=False)
         self._check_context(prompt_tokens.shape[1], tokens.shape[1])
-        ended = torch.tensor([row[-1] == self.eos for row in responses], device=self.device)
+        ended = torch.tensor([row[-1] in self.ends for row in responses], device=self.device)
         return Responses(
             prompt_tokens,
             prompt_mask,
@@ -274,8 +148,9 @@ class LanguagePolicy(Trainable):
         )
 
     def _texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        rows = zip(tokens.tolist(), mask.sum(1).tolist(), strict=True)
-        return self.tokenizer.batch_decode([row[:length] for row, length in rows], skip_special_tokens=True)
+        rows = [row[:length] for row, length in zip(tokens.tolist(), mask.sum(1).tolist(), strict=True)]
+        rows = [row[:-1] if row[-1] in self.ends else row for row in rows]  # an end need not be special to a tokenizer
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def _check_context(self, prompt_length: int, num_tokens: int) -> None:
         if self.context is not None and prompt_length + num_tokens > self.context:
@@ -313,6 +188,9 @@ class LanguagePolicy(Trainable):
         on its own prompt and noise alone. With a cache a token costs one position; log_probs of cached and of whole
         passes agree to rounding (1e-6 in float32). In half precision that rounding would move the first ratio from 1:
         there log_probs are those of `score`, from one more pass over the responses, which counts as an evaluation.
+
+        Raises ValueError for a network whose passes disagree, with the cache and without, or beside padding: see
+        `passes.check_agreement`. It is asked at the first call, and at the first with padding, at no cost that counts.
         """
         if num_tokens < 1 or not temperature > 0:
             raise ValueError(
@@ -323,13 +201,14 @@ class LanguagePolicy(Trainable):
         noise = self.draw_noise(len(prompts), num_tokens, generator) if noise is None else noise
         noise = noise.to(self.device, torch.float32 if self.device.type == "mps" else noise.dtype)
         self.network_evaluations += len(prompts)
-        cache = self._new_cache()
+        cache = new_cache(self.network) if self.use_cache else None
+        ends = torch.tensor(self.ends, dtype=prompt_tokens.dtype, device=self.device)
         sequence, seen = prompt_tokens, prompt_mask
         running = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
         tokens, mask, log_probs = [], [], []
         for step in range(num_tokens):
             new = sequence if cache is None or step == 0 else sequence[:, -1:]
-            logits, _ = self._call(self.network, new, seen, keep=1, cache=cache)
+            logits, _ = run_pass(self.network, new, seen, keep=1, cache=cache)
             token = sample_tokens(logits[:, 0], noise[:, step], temperature)
             token = torch.where(running, token, self.pad)
             log_prob = token_log_probs(logits, token.unsqueeze(1), temperature).squeeze(1)
@@ -338,8 +217,8 @@ class LanguagePolicy(Trainable):
             log_probs.append(torch.where(running, log_prob, 0.0))
             sequence = torch.cat([sequence, token.unsqueeze(1)], 1)
             seen = torch.cat([seen, running.unsqueeze(1)], 1)
-            if self.eos is not None:
-                running = running & (token != self.eos)
+            if self.ends:
+                running = running & ~torch.isin(token, ends)
                 if not running.any():
                     break
         tokens, mask = torch.stack(tokens, 1), torch.stack(mask, 1)
@@ -347,7 +226,8 @@ class LanguagePolicy(Trainable):
             prompt_tokens, prompt_mask, tokens, mask, torch.stack(log_probs, 1), ~running, list(prompts),
             self._texts(tokens, mask), float(temperature),
         )  # fmt: skip
-        if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.network.parameters()):
+        self._check_passes(responses)
+        if in_half_precision(self.network):
             responses.log_probs = self.log_probs(responses)
         return responses
 
@@ -355,12 +235,14 @@ class LanguagePolicy(Trainable):
         """The texts of `generate`, one to each prompt: what a reward takes."""
         return self.generate(prompts, num_tokens, generator=generator).texts
 
-    def _new_cache(self):
-        if cache_name(named_inputs(self.network)) is None:
-            return None
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.network.config)
+    def _check_passes(self, responses: Responses) -> None:
+        padded = not responses.prompt_mask.all()
+        if padded in self._agreed:
+            return
+        spent = self.network_evaluations
+        check_agreement(self.network, responses, responses.log_probs, self.log_probs)
+        self.network_evaluations = spent
+        self._agreed |= {False, padded}
 
     # ---------------------------------------------------------------- scoring
 
@@ -426,9 +308,9 @@ class LanguagePolicy(Trainable):
         mask = torch.cat([responses.prompt_mask, responses.mask], 1)[:, :-1]
         keep = responses.tokens.shape[1] if keep is None else keep
         if reference:
-            with torch.no_grad():
-                return self._reference_call(tokens, mask, keep)
-        return self._call(network, tokens, mask, keep, hidden=hidden)
+            with torch.no_grad(), self.reference_weights() as frozen:
+                return run_pass(frozen, tokens, mask, keep)
+        return run_pass(network, tokens, mask, keep, hidden=hidden)
 
     def _values(self, responses: Responses, states: Tensor | None) -> Tensor:
         if self._value_heads is not None:

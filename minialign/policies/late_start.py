@@ -30,13 +30,7 @@ class Late:
         for name in GRIDS:
             if hasattr(self, name):
                 setattr(self, name, getattr(self, name)[first:])
-<<<<<<< HEAD
-        if hasattr(
-            self, "order_list"
-        ):  # the single-step solver's plan: first orders that it has no past for, then cycles
-=======
         if hasattr(self, "order_list"):  # the single-step solver's plan, in cycles from its first step
->>>>>>> image
             if len(self.timesteps) % self.config.solver_order:
                 self.register_to_config(lower_order_final=True)  # as it does itself where its cycles do not fit
             self.order_list = self.get_order_list(len(self.timesteps))

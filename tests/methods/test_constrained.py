@@ -74,15 +74,18 @@ def test_mixing_by_hand():
     torch.testing.assert_close(mixed(level, "mu", squash=False), a0 + 0.2 * a1 + 0.7 * a2)
 
 
-@pytest.mark.parametrize("constant", [0.3, 1.7, 1.0])
-@pytest.mark.parametrize("baseline", ["batch", "prompt"])
+@pytest.mark.parametrize(
+    ("constant", "baseline"),
+    [*((c, kind) for c in (0.3, 1.7, 1.0, 0.0) for kind in ("batch", "prompt")), (0.0, "critic")],
+)
 def test_a_constant_reward_is_no_signal(constant, baseline):
-    """Nor is its rounding, which standardising would blow up to 1."""
+    """Nor is its rounding, which standardising would blow up to 1; a reward of zeros has not even that."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(9) < torch.randint(1, 10, (24,), generator=generator).unsqueeze(1)
     log_probs = torch.randn(24, 9, generator=generator)
     reference = log_probs + 0.1 * torch.randn(24, 9, generator=generator)
-    episodes = Episodes([], log_probs, reference, mask, None, None, (), 1)
+    untrained = torch.zeros(24, 9, 3) if baseline == "critic" else None
+    episodes = Episodes([], log_probs, reference, mask, untrained, None, (), 1)
     scores = torch.stack([torch.full((24,), constant), torch.randn(24, generator=generator)], 1)
     config = Config(thresholds=(1.0, 1.0), baseline=baseline, group_size=4)
     drawn = torch.arange(6).repeat_interleave(4)

@@ -169,6 +169,83 @@ def test_the_length_penalty_comes_first():
     assert float(shaped.statistics.low) == pytest.approx(2.97) and float(shaped.statistics.high) == pytest.approx(3)
 
 
+# What equal rewards r are worth, with references that score r as well; "lsc" adds 1e-5 to their spread.
+EQUAL = {
+    "meanstd": lambda r: 0, "minmax": lambda r: 0, "clip": lambda r: r, "centred": lambda r: 0,
+    "tanh_centred": lambda r: 0, "par": lambda r: 0.5, "poly_centred": lambda r: 0.5, "vanilla": lambda r: r,
+    "lsc": lambda r: -math.log(2), "sgfc": lambda r: sigmoid(-3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", EQUAL)
+@pytest.mark.parametrize("r", [0.0, 0.3, -7.1])
+@pytest.mark.parametrize("num", [1, 4])
+def test_equal_rewards_are_no_signal(method, r, num):
+    """Nor is a single one: no spread to divide by, in any batch, and no rounding made large. The next one counts."""
+    references = {"x": torch.full((3,), r)}
+    shaped = Shaped(lambda samples, prompts: samples, references, Config(method))
+    for _ in range(3):
+        out = shaped(torch.full((num,), r), ["x"] * num)
+        assert out.tolist() == pytest.approx([EQUAL[method](r)] * num, abs=2e-5)
+        assert (out == out[0]).all()
+    if method in ("meanstd", "minmax"):
+        assert (out == 0).all()
+        after = shaped(torch.tensor([r + 1.0, r]), ["x"] * 2)
+        n = 3 * num + 2  # one of them a unit above the others: mean 1 / n, variance (1 - 1 / n) / n
+        std = math.sqrt((1 - 1 / n) / n)
+        expected = [1, 0] if method == "minmax" else [(1 - 1 / n) / std, -1 / n / std]
+        assert after.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["meanstd", "minmax"])
+def test_frozen_statistics_without_spread_are_refused(method):
+    with pytest.raises(ValueError, match=r"all have the same reward, 0.3.*freeze=False"):
+        Shaped(len, {"x": torch.full((4,), 0.3), "y": torch.full((4,), 0.3)}, Config(method, freeze=True))
+    Shaped(len, {"x": torch.full((4,), 0.3), "y": torch.full((4,), 0.4)}, Config(method, freeze=True))
+    Shaped(len, {"x": torch.full((4,), 0.3)}, Config("clip", freeze=True))  # bounds, no division
+
+
+STATISTICS_OF_TWO = """
+import sys, torch
+from accelerate import PartialState
+from minialign import worlds
+from minialign.methods import ddpo, par
+state = PartialState(cpu=True)
+sys.path[:0] = [{folder!r} + "/methods"]
+from test_par import shaped_run
+statistics, saved = shaped_run()
+both = [None, None]
+torch.distributed.all_gather_object(both, (statistics, saved))
+if state.is_main_process:
+    torch.save(both, {out!r})
+state.destroy_process_group()
+"""
+
+
+def shaped_run():
+    """(the running statistics, and those in the checkpoint) after two rounds of DDPO with 7 x 2 rows."""
+    world = worlds.load("compass", num_steps=5)
+    world.policy.network.double()
+    world.policy.to("cpu")
+    shaped = Shaped(lambda samples, prompts: -(samples - 1).square().sum(1), config=Config("meanstd"))
+    config = ddpo.Config(num_iterations=2, num_prompts=7, group_size=2, num_minibatches=1, steps_per_pass=5)
+    *_, last = ddpo.train(world.policy, shaped, world.prompts, config, torch.Generator().manual_seed(0))
+    saved = {key: value.clone() for key, value in last.checkpoint().items() if key.startswith("reward.statistics.")}
+    return shaped.statistics.tensors(), saved
+
+
+def test_running_statistics_are_in_the_checkpoint_and_those_of_all_processes(two_processes):
+    one, saved = shaped_run()
+    assert {key.rpartition(".")[2]: value for key, value in saved.items()} == one
+    assert one["count"] == 28
+    first, second = two_processes(STATISTICS_OF_TWO)
+    assert first == second
+    theirs, theirs_saved = first
+    assert {key.rpartition(".")[2]: value for key, value in theirs_saved.items()} == theirs
+    for name, value in one.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [

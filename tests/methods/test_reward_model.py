@@ -7,6 +7,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -17,6 +21,7 @@ from transformers import (
 from minialign.loop import fit
 from minialign.methods import reward_model
 from minialign.methods.reward_model import Config, Preferences, RewardModel
+from minialign.policies.classifier import output_layer
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefgh"]
 
@@ -150,3 +155,136 @@ def test_a_process_without_a_pair_has_outputs_of_the_others_kind(tokenizer):
     (some, tokens), (none, no_tokens) = (reward_model.pair_scores(model, preferences(4), rows) for rows in ([1], []))
     assert some.dtype == none.dtype and tokens.dtype == no_tokens.dtype
     assert some.shape[1:] == none.shape[1:] and none.shape[0] == 0 and none.requires_grad
+
+
+# ---- other people's classifiers and tokenizers -----------------------------------------------------------------------
+
+SMALL = dict(
+    vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+    max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1, cls_token_id=1, sep_token_id=1,
+)  # fmt: skip
+HEADS = {
+    "roberta": SMALL, "deberta-v2": SMALL, "modernbert": SMALL, "bert": SMALL, "gpt_neox": SMALL,
+    "opt": SMALL | dict(ffn_dim=32, word_embed_proj_dim=16),
+    "xlnet": dict(vocab_size=len(WORDS), d_model=16, n_layer=2, n_head=2, d_inner=32),
+    "t5": dict(
+        vocab_size=len(WORDS), d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0,
+    ),
+}  # fmt: skip
+
+
+def classifier(kind, num_labels=1, auto=AutoModelForSequenceClassification, **changes):
+    torch.manual_seed(0)
+    return auto.from_config(AutoConfig.for_model(kind, num_labels=num_labels, **HEADS.get(kind, SMALL) | changes))
+
+
+@pytest.mark.parametrize("kind", sorted(HEADS.keys() - {"xlnet"}))
+@pytest.mark.parametrize("odin", [False, True])
+def test_any_head_scores_as_its_own_network_and_trains(kind, odin, tokenizer):
+    """Whatever pools, and wherever the last layer is: the network's own logits of an unpadded row. All of it moves."""
+    model = RewardModel(classifier(kind, 2 if odin else 1), tokenizer)
+    texts, prompts = ["a b", "c d e f g a", "b"], ["h", "h g", "a"]
+    scores = model(texts, prompts)
+    for score, text, prompt in zip(scores, texts, prompts, strict=True):
+        with torch.no_grad():
+            ids = torch.tensor([tokenizer(f"{prompt} {text} <eos>")["input_ids"]])
+            theirs = model.network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
+        torch.testing.assert_close(score, theirs, rtol=1e-4, atol=1e-6)
+    assert scores.std() > 0
+    weights = [output_layer(model.network).weight, model.network.get_input_embeddings().weight]
+    before = [weight.detach().clone() for weight in weights]
+    history = fit(reward_model.train(model, preferences(8), Config(batch_size=8, odin=odin)), progress=False)
+    assert weights[0].shape[0] == (2 if odin else 1)
+    assert math.isfinite(history["loss"][0])
+    assert all((now - then).abs().max() > 1e-4 for now, then in zip(weights, before, strict=True))
+
+
+def test_what_is_no_sequence_classifier_is_refused_at_once(tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    for auto in (AutoModelForCausalLM, AutoModelForTokenClassification):
+        with pytest.raises(ValueError, match=r"no sequence classifier.*AutoModelForSequenceClassification"):
+            RewardModel(classifier("llama", auto=auto), tokenizer)
+    with pytest.raises(ValueError, match="Linear is no sequence classifier"):
+        RewardModel(torch.nn.Linear(2, 1), tokenizer)
+    adapted = get_peft_model(network("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"PeftModel.*merge_and_unload\(\)"):
+        RewardModel(adapted, tokenizer)
+    assert RewardModel(adapted.merge_and_unload(), tokenizer)(["a"], ["b"]).isfinite().all()
+
+
+def test_a_classifier_that_reads_padding_is_refused(tokenizer):
+    model = RewardModel(classifier("xlnet"), tokenizer)
+    assert model(["a b", "c d"], ["h", "h"]).shape == (2,)  # nothing to pad
+    for _ in range(2):
+        with pytest.raises(ValueError, match="XLNetForSequenceClassification reads padding: 3 tokens of it"):
+            model(["a", "c d e f"], ["h", "h"])
+
+
+def test_it_reads_the_opening_once_and_no_end_but_the_last():
+    """BOS or [CLS] as the tokenizer puts it before a text, not again after a template's own; EOS, or [SEP], behind."""
+    from tokenizers import processors
+
+    def tokens(template, prompts, responses, **special):
+        made = make_tokenizer()
+        for name, value in special.items():
+            setattr(made, name, value)
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("g", 9), ("<eos>", 1)]
+        )
+        batch = RewardModel(network(), made).tokenize(prompts, responses)
+        rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True)
+        assert batch["num_tokens"].tolist() == [2] * len(prompts)
+        return [row[:length] for row, length in rows]
+
+    for template in ("g $A", "g $A <eos>"):
+        assert tokens(template, ["b", "g b"], ["a", "a"]) == [[9, 4, 3, 1]] * 2
+    assert tokens("$A", ["b", "g b"], ["a", "a <eos>"]) == [[4, 3, 1], [9, 4, 3, 1]]
+    assert tokens("$A", ["b"], ["a"], eos_token=None, sep_token="h") == [[4, 3, 10]]
+
+
+def test_tokens_beyond_the_embedding_are_named(tokenizer):
+    bigger = make_tokenizer()
+    bigger.add_tokens(["<tool>"])
+    model = RewardModel(network(), bigger)
+    with pytest.raises(ValueError, match=r"prompt 'b' with its response has the token '<tool>', id 11.*resize_token"):
+        model(["a", "<tool>"], ["a", "b"])
+
+
+def test_it_trains_in_float32(tokenizer):
+    model = RewardModel(network().bfloat16(), tokenizer)
+    steps = reward_model.train(model, preferences(8), Config(batch_size=8))
+    saved = next(steps).checkpoint()
+    assert {t.dtype for key, t in saved.items() if key.startswith(("parameter", "optimizer"))} == {torch.float32}
+
+
+def test_gradient_checkpointing_is_heard_by_a_classifier(tokenizer):
+    kept = {}
+    for enable in (False, True):
+        net = network("llama")
+        if enable:
+            net.gradient_checkpointing_enable()
+        model, sizes = RewardModel(net, tokenizer), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.nbytes), t)[1], lambda t: t):
+            reward_model.pair_scores(model, preferences(4), range(4))
+        kept[enable] = sum(sizes)
+    assert kept[True] < 0.4 * kept[False]
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", "a", "a"]])
+def test_nothing_to_normalise_by(texts, tokenizer):
+    """One response has no spread, nor have equal ones; the model stays as it was."""
+    model = RewardModel(network(), tokenizer)
+    with pytest.raises(ValueError, match=f"all these responses, {len(texts)}, have the same score"):
+        model.normalise(texts, ["h"] * len(texts))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_odin_without_any_spread_is_finite(n):
+    """Equal lengths and equal qualities correlate with nothing; so do those of one pair."""
+    same = torch.full((2, n), 0.3, requires_grad=True)
+    heads = torch.zeros(2, 4, requires_grad=True)
+    loss = reward_model.odin_loss(same, same, torch.full((2, n), 5.0), heads)
+    assert float(loss.detach()) == pytest.approx(math.log(2))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [same, heads]))
