@@ -1,4 +1,4 @@
-"""The end of the test run: CPU seconds of each chapter, as tests/test_notebooks.py recorded them. (conftest imports it.)"""
+"""The end of the test run (conftest imports the hook): CPU seconds that tests/test_notebooks.py recorded."""
 
 
 def pytest_terminal_summary(terminalreporter):
