@@ -17,6 +17,7 @@ hook = install_import_hook("minialign", "beartype.beartype")
 import matplotlib
 import pytest
 import torch
+from seconds import pytest_terminal_summary  # noqa: F401  (a hook)
 
 matplotlib.use("Agg")
 

@@ -69,12 +69,15 @@ def test_every_module_has_its_floor():
     assert floors == {f"minialign.{name}" for name in found - {"__init__"}}
 
 
-def test_the_wheel_ships_the_notebooks_and_stays_small():
+def test_the_wheel_ships_the_notebooks_and_what_they_draw_and_stays_small():
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
-    notebooks = [path for patterns in shipped.values() for pattern in patterns for path in ROOT.glob(pattern)]
+    data = {to: [path for pattern in patterns for path in ROOT.glob(pattern)] for to, patterns in shipped.items()}
+    notebooks, results = data["share/minialign/notebooks"], data["share/minialign/results"]
     assert {path.name for path in notebooks} == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert {path.name for path in results} == {path.name for path in (ROOT / "tests/claims/results").glob("*.json")}
     files = [
         *notebooks,
+        *results,
         *(path for path in (ROOT / "minialign").rglob("*") if path.is_file() and "__pycache__" not in path.parts),
     ]
     assert sum(len(zlib.compress(path.read_bytes())) for path in files) < 20 * 2**20

@@ -46,7 +46,8 @@ reference passes, each mistake is refused and named. The builder sets nbgrader's
 
 from minialign.course.check import Exercise, Quiz, check, quiz
 from minialign.course.clock import start_clock
+from minialign.course.stored import stored
 
 start_clock()
 
-__all__ = ["Exercise", "Quiz", "check", "quiz"]
+__all__ = ["Exercise", "Quiz", "check", "quiz", "stored"]
