@@ -16,6 +16,7 @@ from torch import nn
 
 from minialign.policies.passes import in_full_precision
 from minialign.policies.trainable import TRAINABLE, Trainable, ValueHeads
+from minialign.settings import Count, demand
 
 
 class LanguageWeights(Trainable):
@@ -113,6 +114,7 @@ class LanguageWeights(Trainable):
         `.logits`: a table, or a token classifier. Replaces an earlier critic. A network in half precision becomes
         float32, for it trains.
         """
+        demand(Count, num_heads=num_heads)
         self._value_heads = self._value_network = None
         if network is not None:
             self._value_network = in_full_precision(network).eval()
