@@ -25,6 +25,7 @@ from minialign.kernels.gaussian import (
     gaussian_kl,
     gaussian_log_prob,
     gaussian_step,
+    same_shape,
     squared_error,
 )
 from minialign.kernels.language import (
@@ -106,6 +107,7 @@ __all__ = [
     "mixture_score",
     "predict",
     "prediction_target",
+    "same_shape",
     "sample_tokens",
     "squared_error",
     "standardise_heads",

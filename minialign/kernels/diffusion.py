@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minialign.kernels.gaussian import Reduction, StepOut, at_least_float32, expand_as, gaussian_step
+from minialign.kernels.gaussian import Reduction, StepOut, at_least_float32, expand_as, gaussian_step, same_shape
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -21,6 +21,7 @@ def predict(
     prediction_type: PredictionType,
 ) -> tuple[Float[Tensor, "batch *dims"], Float[Tensor, "batch *dims"]]:
     """What the network says, as (denoised, noise_pred), whichever of the two, or v, it was trained to predict."""
+    same_shape(model_output=model_output, state=state)
     alpha_bar = expand_as(alpha_bar, state)
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "epsilon":
@@ -36,6 +37,7 @@ def add_noise(
     denoised: Float[Tensor, "batch *dims"], noise: Float[Tensor, "batch *dims"], alpha_bar: Float[Tensor, "batch"]
 ) -> Float[Tensor, "batch *dims"]:
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise."""
+    same_shape(denoised=denoised, noise=noise)
     alpha_bar = expand_as(alpha_bar, denoised)
     return alpha_bar.sqrt() * denoised + (1 - alpha_bar).sqrt() * noise
 
@@ -47,6 +49,7 @@ def prediction_target(
     prediction_type: PredictionType,
 ) -> Float[Tensor, "batch *dims"]:
     """What a network of that type should say at `add_noise`'s x_t: `predict` of it gives (denoised, noise) back."""
+    same_shape(denoised=denoised, noise=noise)
     alpha_bar = expand_as(alpha_bar, denoised)
     if prediction_type == "epsilon":
         return noise

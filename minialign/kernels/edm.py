@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minialign.kernels.gaussian import at_least_float32, expand_as
+from minialign.kernels.gaussian import at_least_float32, expand_as, same_shape
 
 
 def karras_sigmas(
@@ -43,6 +43,7 @@ def edm_denoised(
     sigma_data: float,
 ) -> Float[Tensor, "batch *dims"]:
     """D = c_skip x + c_out F (eq. 7). As sigma -> 0 it is x, whatever the network says; at large sigma sigma_data F."""
+    same_shape(model_output=model_output, state=state)
     c_skip, c_out, _, _ = edm_scalings(at_least_float32(sigma), sigma_data)
     state = at_least_float32(state)
     return expand_as(c_skip, state) * state + expand_as(c_out, state) * model_output

@@ -32,8 +32,18 @@ class StepOut(NamedTuple):
     denoised: Float[Tensor, "batch *dims"]
 
 
+def same_shape(**tensors: Tensor) -> None:
+    """Raises ValueError for shapes that would be broadcast: of (n,) and (n, 1) torch makes (n, n), in silence."""
+    first, *rest = tensors.values()
+    if any(x.shape != first.shape for x in rest):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"got {shapes}: expected one shape; broadcast on purpose, with expand.")
+
+
 def expand_as(scalar: Float[Tensor, "batch"], x: Float[Tensor, "batch *dims"]) -> Float[Tensor, "batch *ones"]:
-    """One number a sample, with trailing axes of one so that it broadcasts against x."""
+    """One number a sample, with trailing axes of one so that it broadcasts against x. Raises ValueError for others."""
+    if scalar.shape != x.shape[:1]:
+        raise ValueError(f"got {tuple(scalar.shape)} for a batch {tuple(x.shape)}: expected one number a sample.")
     return scalar.reshape(scalar.shape + (1,) * (x.ndim - 1))
 
 
@@ -52,6 +62,7 @@ def gaussian_log_prob(
 
     std = 0 gives inf or nan, not an error (it would cost a host synchronisation): `DiffusionPolicy` refuses it before.
     """
+    same_shape(x=x, mean=mean)
     x, mean, std = at_least_float32(x), at_least_float32(mean), at_least_float32(std)
     std = expand_as(std, x)
     elements = -0.5 * ((x - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
@@ -65,6 +76,7 @@ def gaussian_kl(
     reduction: Reduction,
 ) -> Float[Tensor, "batch"]:
     """KL(N(mean, std^2 I) || N(mean_ref, std^2 I)) = |mean - mean_ref|^2 / (2 std^2). Symmetric: both share std."""
+    same_shape(mean=mean, mean_ref=mean_ref)
     mean, mean_ref, std = at_least_float32(mean), at_least_float32(mean_ref), at_least_float32(std)
     return reduce(0.5 * ((mean - mean_ref) / expand_as(std, mean)) ** 2, "batch ... -> batch", reduction)
 
@@ -82,6 +94,8 @@ def gaussian_step(
 
     See `StepOut` for the gradients: the sample is attached, the log-density is of a detached one.
     """
+    if noise is not None:
+        same_shape(mean=mean, noise=noise)
     sampled = mean if noise is None else mean + expand_as(std, mean) * noise
     next = sampled if next is None else next.detach().to(mean.dtype)
     return StepOut(next, mean, std, gaussian_log_prob(next.detach(), mean, std, reduction), denoised)
@@ -91,4 +105,5 @@ def squared_error(
     x: Float[Tensor, "batch *dims"], y: Float[Tensor, "batch *dims"], reduction: Reduction
 ) -> Float[Tensor, "batch"]:
     """|x - y|^2 a sample, in float32 at least: "sum" over its elements, or their "mean"."""
+    same_shape(x=x, y=y)
     return reduce((at_least_float32(x) - at_least_float32(y)).square(), "batch ... -> batch", reduction)

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minialign.kernels.gaussian import at_least_float32
+from minialign.kernels.gaussian import at_least_float32, same_shape
 
 
 def token_log_probs(
     logits: Float[Tensor, "b t v"], tokens: Int[Tensor, "b t"], temperature: float | int = 1.0
 ) -> Float[Tensor, "b t"]:
     """log softmax(logits / temperature) at `tokens`: logits[:, i] must be those that predict tokens[:, i]."""
+    same_shape(logits=logits[..., 0], tokens=tokens)
     log_probs = (at_least_float32(logits) / temperature).log_softmax(-1)
     return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -34,6 +35,7 @@ def sample_tokens(
 
     One number a token is all the randomness, so that a response depends on its own noise and not on its batch.
     """
+    same_shape(logits=logits[..., 0], uniform=uniform)
     logits = logits.to(torch.promote_types(logits.dtype, uniform.dtype))
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)
     # Rounding leaves the last sum near 1, not at 1; measured against it, no token of probability 0 is ever drawn.
@@ -45,6 +47,7 @@ def masked_mean(
     x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], dim: int | None = None
 ) -> Float[Tensor, "*rest"]:
     """Mean of x where mask is True, over all elements or along `dim`; 0 where nothing is."""
+    same_shape(x=x, mask=mask)
     x = torch.where(mask, at_least_float32(x), 0.0)
     if dim is None:
         return x.sum() / mask.sum().clamp_min(1)
@@ -63,6 +66,7 @@ def masked_whiten(
     correction: 0 for the population's variance (Ziegler), 1 for Bessel's (TRL). shift_mean=False puts the mean back:
     a whitened reward must keep its sign.
     """
+    same_shape(x=x, mask=mask)
     x, count = at_least_float32(x), mask.sum()
     # Equal values then differ by an exact 0, as in `whiten`.
     lowest = torch.where(mask, x, torch.inf).amin()
@@ -90,6 +94,7 @@ def group_baselines(
     to_come: Float[Tensor, "b t heads"], mask: Bool[Tensor, "b t"], group: Int[Tensor, "b"]
 ) -> Float[Tensor, "b t heads"]:
     """At each action and head the mean, over the episodes of a group that get so far, of what is still to come."""
+    same_shape(to_come=to_come[..., 0], mask=mask)
     valid = mask.unsqueeze(-1).to(to_come)
     same = (group.unsqueeze(0) == group.unsqueeze(1)).to(to_come)
     totals = torch.einsum("ij,jth->ith", same, to_come * valid)
@@ -117,6 +122,8 @@ def token_rewards(
 
     Over a row they sum to score - beta log pi(y) / pi_ref(y): the k1 estimate of KL(pi || pi_ref), often negative.
     """
+    same_shape(log_prob=log_prob, log_prob_ref=log_prob_ref, mask=mask)
+    same_shape(scores=scores, mask=mask[:, 0])
     penalty = torch.where(mask, at_least_float32(log_prob.detach()) - at_least_float32(log_prob_ref.detach()), 0.0)
     score = torch.where(last_token(mask), at_least_float32(scores.detach()).unsqueeze(1), 0.0)
     return score - beta * penalty
@@ -135,6 +142,8 @@ def gae(
     the limit on tokens. One head, or k of them, each with rewards of its own. lambda = 1: sum of the rewards to come
     minus V. lambda = 0: delta. Not whitened. Gradients do pass; call it on detached values.
     """
+    same_shape(rewards=rewards, values=values)
+    same_shape(values=values.flatten(2)[..., 0] if values.ndim > 2 else values, mask=mask)
     valid = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
     values = torch.where(valid, at_least_float32(values), 0.0)
     advantages = torch.where(valid, at_least_float32(rewards) + gamma * _next(values) - values, 0.0)
@@ -157,5 +166,6 @@ def clipped_value_loss(
     Limits: at V = V_old, or with an infinite clip_range, half the squared error. The gradient vanishes only where V has
     moved more than clip_range TOWARDS the return; a move away from it is never excused.
     """
+    same_shape(values=values, values_old=values_old, returns=returns)
     clipped = values_old + (values - values_old).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)

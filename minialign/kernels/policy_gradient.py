@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minialign.kernels.gaussian import at_least_float32
+from minialign.kernels.gaussian import at_least_float32, same_shape
 
 
 def whiten(x: Float[Tensor, "*batch"], eps: float = 1e-8) -> Float[Tensor, "*batch"]:
@@ -24,6 +24,7 @@ def group_advantages(
     equal rewards, gives exact zeros. With scale=False only the mean goes: advantages keep the reward's unit, and a KL
     weight keeps its meaning (sheet ddpo, trap 9).
     """
+    same_shape(rewards=rewards, group=group)
     rewards = at_least_float32(rewards)
     count = torch.zeros_like(rewards).index_add(0, group, torch.ones_like(rewards)).clamp_min(1)
     lowest = torch.zeros_like(rewards).scatter_reduce(0, group, rewards, "amin", include_self=False)
@@ -49,11 +50,7 @@ def clipped_surrogate(
     -A grad log_prob. The gradient vanishes only where going on would pay: ratio > 1 + eps and A > 0, or the mirror
     image. Raises ValueError for shapes that would have to be broadcast.
     """
-    if not log_prob.shape == log_prob_old.shape == advantages.shape:
-        raise ValueError(
-            f"log_prob is {tuple(log_prob.shape)}, log_prob_old {tuple(log_prob_old.shape)}, advantages "
-            f"{tuple(advantages.shape)}: expected one shape; broadcast on purpose, with expand."
-        )
+    same_shape(log_prob=log_prob, log_prob_old=log_prob_old, advantages=advantages)
     log_ratio = at_least_float32(log_prob) - at_least_float32(log_prob_old)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -67,6 +64,7 @@ def weighted_sums(
     values: dict[str, Float[Tensor, "*any"]], weight: Float[Tensor, "*any"]
 ) -> dict[str, Float[Tensor, ""]]:
     """{name: sum of weight * value}: a mean, where the weights sum to 1."""
+    same_shape(weight=weight, **values)
     return {name: (weight * value).sum() for name, value in values.items()}
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from minialign.evaluate import Trial, from_pure_noise, sampler_trial, walk
 from minialign.exact import Gaussian
-from minialign.kernels import Level, at_least_float32
+from minialign.kernels import Level, at_least_float32, same_shape
 from minialign.policies.encoders import latent_shape_of, latent_units, without_overflow
 from minialign.policies.late_start import late, noise_levels
 from minialign.settings import Count, Positive, Settings
@@ -47,6 +47,7 @@ def explained_variance(
     For scores centre is 0, and at high noise anything explains them, for they are nearly -noise / sigma. For denoisers
     centre is the data's mean, and the figure says how much of the data's structure is understood (sheet, trap 7).
     """
+    same_shape(target=target, approximation=approximation)
     target, approximation = at_least_float32(target), at_least_float32(approximation)
     return 1 - (target - approximation).square().sum() / (target - centre).square().sum()
 

@@ -73,7 +73,8 @@ class ConsistencyPolicy(Policy):
 
         Its f is the denoised guess, the mean of all that could follow. solver_steps: of the grid that it will be
         distilled on, from which the sampler's timesteps are chosen. guidance_dim: give a UNet an embedding of the
-        guidance scale of that size, zero at first (LatentConsistencyModelPipeline needs one).
+        guidance scale of that size, zero at first (LatentConsistencyModelPipeline needs one). The copy is float32 at
+        least, for all of it will train.
         """
         from diffusers import LCMScheduler
 
@@ -85,6 +86,7 @@ class ConsistencyPolicy(Policy):
             network = type(network).from_config(network.config, time_cond_proj_dim=guidance_dim)
             network.load_state_dict(weights, strict=False)
             network.time_embedding.cond_proj.weight.data.zero_()
+        network.to(policy.state_dtype)
         scheduler = LCMScheduler.from_config(
             policy.scheduler.config, clip_sample=False, original_inference_steps=solver_steps
         )

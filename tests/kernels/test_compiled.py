@@ -151,7 +151,7 @@ def _annotations_off():
 
 
 def test_every_kernel_has_a_case():
-    helpers = {"Level", "StepOut", "at_least_float32", "expand_as", "karras_sigmas", "lcm_timesteps"}
+    helpers = {"Level", "StepOut", "at_least_float32", "expand_as", "karras_sigmas", "lcm_timesteps", "same_shape"}
     assert {name.split()[0] for name in CASES.keys() - KERNELS_OF_METHODS.keys()} == set(kernels.__all__) - helpers
 
 
