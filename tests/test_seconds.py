@@ -28,3 +28,10 @@ def test_the_run_ends_with_the_cpu_seconds_of_each_chapter(tmp_path):
     assert lines[first + 1 : first + 4] == [
         ["00_tour", "notebooks", "20.0"], ["00_tour", "solutions", "21.5"], ["together", "41.5"],
     ], done.stdout  # fmt: skip
+
+
+def test_conftest_has_the_hook(pytestconfig):
+    import seconds
+
+    plugins = pytestconfig.pluginmanager.get_plugins()
+    assert seconds.pytest_terminal_summary in [getattr(p, "pytest_terminal_summary", None) for p in plugins]
