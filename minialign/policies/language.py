@@ -218,7 +218,7 @@ class LanguagePolicy(LanguageWeights):
             sequence = torch.cat([sequence, token.unsqueeze(1)], 1)
             seen = torch.cat([seen, running.unsqueeze(1)], 1)
             if self.ends:
-                running = running & ~torch.isin(token, ends)
+                running = running & (token.unsqueeze(1) != ends).all(1)
                 if not running.any():
                     break
         tokens, mask = torch.stack(tokens, 1), torch.stack(mask, 1)

@@ -66,8 +66,10 @@ def checkpointing(network: nn.Module) -> Iterator[None]:
     what it wraps, layer and children, is not, now or when the backward pass runs it again. Raises ValueError for a
     network that has the mark, and no layers of transformers' own that would heed it.
     """
-    marked = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
-    if not marked or not torch.is_grad_enabled():
+    marked = []
+    if torch.is_grad_enabled():
+        marked = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+    if not marked:
         yield
         return
     from transformers.modeling_layers import GradientCheckpointingLayer
