@@ -17,6 +17,7 @@ import tempfile
 import time
 import tomllib
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -59,25 +60,24 @@ def versions(python: Path) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def try_set(which: str, out: Path) -> dict[str, str]:
-    """{what: how it went} of one set; its environment is deleted at the end."""
+def try_set(which: str, out: Path) -> Iterator[tuple[str, str]]:
+    """(what, how it went) of one set, one after another; its environment is deleted at the end."""
     folder = out / which
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"minialign-{which}-") as place:
         venv.create(place, with_pip=True)
         python = Path(place) / ("Scripts" if os.name == "nt" else "bin") / "python"
         install = [python, "-m", "pip", "install", *constraints(which, folder), "-e", ".", *TOOLS]
-        found = {"install": attempt(install, folder / "install.log")}
-        if found["install"].startswith("FAILED"):
-            return found
-        found["versions"] = versions(python)
+        yield "install", (how := attempt(install, folder / "install.log"))
+        if how.startswith("FAILED"):
+            return
+        yield "versions", versions(python)
         for tests in FOLDERS:
             command = [python, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", tests]
-            found[tests] = attempt(command, folder / f"{Path(tests).name}.log")
+            yield tests, attempt(command, folder / f"{Path(tests).name}.log")
         for method in RUNS:
             command = [python, "-m", "minialign.cli", "run", method, "--steps", "1", "--out", folder / method]
-            found[f"run {method} --steps 1"] = attempt(command, folder / f"{method}.log")
-    return found
+            yield f"run {method} --steps 1", attempt(command, folder / f"{method}.log")
 
 
 def main() -> int:
@@ -89,7 +89,7 @@ def main() -> int:
         parser.error(f"unknown set {', '.join(sorted(unknown))}. There are: {', '.join(SETS)}.")
     out, failed = (given.out or Path(tempfile.mkdtemp(prefix="minialign-versions-"))).resolve(), False
     for which in given.sets or SETS:
-        for what, how in try_set(which, out).items():
+        for what, how in try_set(which, out):
             print(f"{which:<8} {what:<22} {how}", flush=True)
             failed |= how.startswith("FAILED")
     return int(failed)
