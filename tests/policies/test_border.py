@@ -152,7 +152,7 @@ def test_an_lcm_grid_is_the_schedulers_whatever_it_was_made_of(sd):
         torch.testing.assert_close(policy.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
 
 
-def test_to_keeps_the_grid_that_was_chosen(sd):
+def test_to_keeps_the_grid_that_was_chosen(sd, tmp_path):
     policy = ConsistencyPolicy.from_pipeline(sd, num_steps=3)
     policy.set_num_steps(3, [999, 659, 319])
     std = policy.std
@@ -161,7 +161,7 @@ def test_to_keeps_the_grid_that_was_chosen(sd):
     torch.testing.assert_close(policy.std, std)
     with pytest.raises(ValueError, match="num_steps is 2, but there are 3 timesteps"):
         policy.set_num_steps(2, [999, 659, 319])
-    policy = DiffusionPolicy.from_pipeline(stable_diffusion(None), num_steps=4)
+    policy = DiffusionPolicy.from_pipeline(stable_diffusion(tmp_path), num_steps=4)
     grid = policy.timesteps.tolist()
     policy.pipeline.scheduler.set_timesteps(7)  # the pipeline was used in between
     policy.to("cpu")
