@@ -1,4 +1,4 @@
-"""Tries the ends of pyproject.toml's ranges: `python tests/versions.py`. By hand; half an hour a set, pytest leaves it.
+"""Tries the ends of pyproject.toml's ranges: `python tests/versions.py`. By hand; 20 minutes a set or more.
 
     oldest     the lower end of every range
     tested     tests/constraints.txt, what README's commands and CI install

@@ -5,6 +5,7 @@
     edm           EDM networks: `digits_edm` and `patches`
     shapes        Stable Diffusion in miniature and its scorer; their modules in shapes_models
     shapes_lcm    its consistency twin, distilled from it
+    formats       no set: savers whose files transformers 4 and 5 both read
 
 Each has a `Recipe`, whose numbers all enter the card, and `main(out, seed, recipe, report)`, which is deterministic and
 writes all or nothing.
