@@ -6,11 +6,11 @@ QUESTIONS = [
     Quiz(
         "00/q1",
         points=1,
-        answer="b",
+        answer="a",
         why={
-            "a": "Tempting, because networks are trained by gradients. But our oracle counts connected pixels, which "
+            "a": "Yes. It compares the numbers of its own samples and makes the better ones likelier.",
+            "b": "Tempting, because networks are trained by gradients. But our oracle counts connected pixels, which "
             "has no gradient, and the training went well.",
-            "b": "Yes. It compares the numbers of its own samples and makes the better ones likelier.",
             "c": "Tempting, because that is how the base model came about. But in this training no example was shown "
             "to the model; it saw its own pictures and their scores.",
         },
@@ -30,12 +30,12 @@ QUESTIONS = [
     Quiz(
         "00/q3",
         points=1,
-        answer="a",
+        answer="b",
         why={
-            "a": "Yes. Broadcasting is silent: each score meets each sample, the averages cancel, and the run looks "
-            "alive while it learns nothing. Chapter 10 has you find that bug.",
-            "b": "Tempting, because every axis is kept somewhere. But an axis of size 1 costs nothing: it is the "
+            "a": "Tempting, because every axis is kept somewhere. But an axis of size 1 costs nothing: it is the "
             "same 64 numbers.",
+            "b": "Yes. Broadcasting is silent: each score meets each sample, the averages cancel, and the run looks "
+            "alive while it learns nothing. Chapter 10 has you find that bug.",
             "c": "Tempting, because a reward may well stop the gradient. But an axis of size 1 does not, and most "
             "methods ask for no gradient of the reward.",
         },

@@ -6,12 +6,12 @@ QUESTIONS = [
     Quiz(
         "01/q1",
         points=1,
-        answer="b",
+        answer="a",
         why={
-            "a": "That would be a sample from the data; but a network trained with squared error answers with an "
-            "average over all data that could have led to this x_t, and here that is nearly everything.",
-            "b": "Yes: when x_t says nothing about x_0, the best guess in squared error is the mean of the data. On "
+            "a": "Yes: when x_t says nothing about x_0, the best guess in squared error is the mean of the data. On "
             "compass that is the empty middle of the plane, on digits a grey smudge.",
+            "b": "That would be a sample from the data; but a network trained with squared error answers with an "
+            "average over all data that could have led to this x_t, and here that is nearly everything.",
             "c": "That is what it answers at the other end, where alpha_bar is near 1 and there is nothing to remove.",
         },
     ),
@@ -41,12 +41,12 @@ QUESTIONS = [
     Quiz(
         "01/q4",
         points=1,
-        answer="c",
+        answer="b",
         why={
             "a": "Rounding in float32 is smaller by orders of magnitude: look at the first row of the table in part 9.",
-            "b": "The clip range acts on a ratio once it is computed; it cannot move it.",
-            "c": "Yes: the weights have not changed, so whatever differs between the two passes is a bug in how they "
+            "b": "Yes: the weights have not changed, so whatever differs between the two passes is a bug in how they "
             "are called. Dropout, another guidance scale, other eta, stored states in half precision.",
+            "c": "The clip range acts on a ratio once it is computed; it cannot move it.",
         },
     ),
     Quiz(

@@ -29,13 +29,13 @@ QUESTIONS = [
     Quiz(
         "02/q3",
         points=1,
-        answer="b",
+        answer="c",
         why={
             "a": "More training does bring it nearer to its training set, in the end. But its error on points that it "
             "has never seen is nearly the same, and below all closed forms there. Is that a lack?",
-            "b": "Yes: at this level the training set answers with the nearest point. The network answers as if there "
+            "b": "With a wrong sigma it would be far off for new pictures, too; there it is better than all others.",
+            "c": "Yes: at this level the training set answers with the nearest point. The network answers as if there "
             "were data between the points as well, for old and for new pictures alike.",
-            "c": "With a wrong sigma it would be far off for new pictures, too; there it is better than all others.",
         },
     ),
     Quiz(
@@ -52,12 +52,12 @@ QUESTIONS = [
     Quiz(
         "02/q5",
         points=1,
-        answer="c",
+        answer="a",
         why={
-            "a": "It has not seen a single picture yet.",
-            "b": "The levels near sigma = 0.1 are rare in training, but there was no training.",
-            "c": "Yes: F starts near 0, so D is near c_skip x, the denoiser of an isotropic Gaussian; and at low "
+            "a": "Yes: F starts near 0, so D is near c_skip x, the denoiser of an isotropic Gaussian; and at low "
             "noise any denoiser is nearly x. Judge learning where c_skip is small, or count from that baseline.",
+            "b": "The levels near sigma = 0.1 are rare in training, but there was no training.",
+            "c": "It has not seen a single picture yet.",
         },
     ),
 ]

@@ -6,23 +6,23 @@ QUESTIONS = [
     Quiz(
         "04/q1",
         points=1,
-        answer="b",
+        answer="c",
         why={
             "a": "The teacher enters only through one small step, from t to t'. It never says where a run ends.",
-            "b": "Yes: agreement with a neighbour spreads whatever is known somewhere, and only at t = 0 is anything "
+            "b": "The average slows the target down. Slow or fast, a constant would still have no loss.",
+            "c": "Yes: agreement with a neighbour spreads whatever is known somewhere, and only at t = 0 is anything "
             "known. Without that anchor a constant agrees with itself perfectly.",
-            "c": "The average slows the target down. Slow or fast, a constant would still have no loss.",
         },
     ),
     Quiz(
         "04/q2",
         points=1,
-        answer="c",
+        answer="a",
         why={
-            "a": "More iterations bring the student nearer to its fixed point. Where is that point?",
-            "b": "A larger network could represent the exact map as well as a wrong one; which one is it asked for?",
-            "c": "Yes: the student learns to agree with DDIM steps, and so learns what those steps compose to. A finer "
+            "a": "Yes: the student learns to agree with DDIM steps, and so learns what those steps compose to. A finer "
             "grid or a better solver moves the fixed point; training only approaches it.",
+            "b": "A larger network could represent the exact map as well as a wrong one; which one is it asked for?",
+            "c": "More iterations bring the student nearer to its fixed point. Where is that point?",
         },
     ),
     Quiz(

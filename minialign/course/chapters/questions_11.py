@@ -6,32 +6,32 @@ QUESTIONS = [
     Quiz(
         "11/q1",
         points=1,
-        answer="b",
+        answer="c",
         why={
             "a": "The prefix has no gradient, but not because of its length. Who walks it, and how often?",
-            "b": "Yes: all branches of a group share it, so it cannot explain why one of them did better.",
-            "c": "Its transitions are Gaussian like all others; their densities exist and are simply not needed.",
+            "b": "Its transitions are Gaussian like all others; their densities exist and are simply not needed.",
+            "c": "Yes: all branches of a group share it, so it cannot explain why one of them did better.",
         },
     ),
     Quiz(
         "11/q2",
         points=1,
-        answer="c",
+        answer="a",
         why={
-            "a": "The extremes do carry more signal. The question is what choosing by the outcome does to a mean.",
-            "b": "The thresholds decide how many are kept; without them the choice would still depend on the outcome.",
-            "c": "Yes: which image is kept depends on its own reward, so the mean over kept images is no longer the "
+            "a": "Yes: which image is kept depends on its own reward, so the mean over kept images is no longer the "
             "policy gradient. It is a useful direction, and another one.",
+            "b": "The thresholds decide how many are kept; without them the choice would still depend on the outcome.",
+            "c": "The extremes do carry more signal. The question is what choosing by the outcome does to a mean.",
         },
     ),
     Quiz(
         "11/q3",
         points=1,
-        answer="a",
+        answer="b",
         why={
-            "a": "Yes: with one weight for all steps, what late steps learn also moves the early ones, and with them "
+            "a": "The window is what it was; what differs is who else feels the update.",
+            "b": "Yes: with one weight for all steps, what late steps learn also moves the early ones, and with them "
             "the composition that was to be left alone.",
-            "b": "The window is what it was; what differs is who else feels the update.",
             "c": "More weights would rather overfit more. Think about which steps a gradient reaches.",
         },
     ),

@@ -6,34 +6,34 @@ QUESTIONS = [
     Quiz(
         "50/q1",
         points=1,
-        answer="b",
+        answer="a",
         why={
-            "a": "The loss cannot tell them apart: a constant added to all answers of one question changes no "
-            "comparison.",
-            "b": "Yes. Only differences within a question were learned. Normalising over base answers fixes shift and "
+            "a": "Yes. Only differences within a question were learned. Normalising over base answers fixes shift and "
             "scale on average; subtracting references of the same question (chapter 51) does it one by one.",
+            "b": "The loss cannot tell them apart: a constant added to all answers of one question changes no "
+            "comparison.",
             "c": "It can: the loss is blind to levels of questions, so training leaves them wherever they started.",
         },
     ),
     Quiz(
         "50/q2",
         points=1,
-        answer="c",
+        answer="b",
         why={
             "a": "Too much: log n would be reached if the whole mass sat on the top n-th of the base's answers.",
-            "b": "It does not depend on the reward as long as no two answers score the same: only ranks enter.",
-            "c": "Yes: log n - (n - 1) / n, 4.5 nats at n = 256. Ties, as in a small world, make it less.",
+            "b": "Yes: log n - (n - 1) / n, 4.5 nats at n = 256. Ties, as in a small world, make it less.",
+            "c": "It does not depend on the reward as long as no two answers score the same: only ranks enter.",
         },
     ),
     Quiz(
         "50/q3",
         points=1,
-        answer="a",
+        answer="c",
         why={
-            "a": "Yes. Each sampled log-ratio may have either sign; only its mean under the policy is the KL, and "
-            "that is never negative. A negative mean again and again says: sampled from one law, scored by another.",
+            "a": "Bounds on beta change what is paid for the log-ratio, not its mean.",
             "b": "A KL is never negative; what was averaged must be something else.",
-            "c": "Bounds on beta change what is paid for the log-ratio, not its mean.",
+            "c": "Yes. Each sampled log-ratio may have either sign; only its mean under the policy is the KL, and "
+            "that is never negative. A negative mean again and again says: sampled from one law, scored by another.",
         },
     ),
     Quiz(
@@ -49,10 +49,10 @@ QUESTIONS = [
     Quiz(
         "50/q5",
         points=1,
-        answer="b",
+        answer="a",
         why={
-            "a": "It is RLOO that leaves it out.",
-            "b": "Yes: a constant factor that a learning rate can take up; GRPO then also divides by the std.",
+            "a": "Yes: a constant factor that a learning rate can take up; GRPO then also divides by the std.",
+            "b": "It is RLOO that leaves it out.",
             "c": "No critic enters either of them.",
         },
     ),

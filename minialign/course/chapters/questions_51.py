@@ -17,44 +17,44 @@ QUESTIONS = [
     Quiz(
         "51/q2",
         points=1,
-        answer="b",
+        answer="a",
         why={
-            "a": "The reward stays below 1, but whitened advantages compare, however small differences have become.",
-            "b": "Yes: 0.999 beats 0.998, and whitening makes a whole standard deviation of it. Without a price per "
+            "a": "Yes: 0.999 beats 0.998, and whitening makes a whole standard deviation of it. Without a price per "
             "nat nothing says that the rest is not worth the journey.",
+            "b": "The reward stays below 1, but whitened advantages compare, however small differences have become.",
             "c": "The slope is small there, not zero, and float32 still tells such win rates apart.",
         },
     ),
     Quiz(
         "51/q3",
         points=1,
-        answer="a",
+        answer="b",
         why={
-            "a": "Yes: mean and std are those of the policy's own rewards. As it hacks, the window follows it.",
-            "b": "It is one standard deviation on either side, as in the authors' code. A wider one binds less.",
+            "a": "It is one standard deviation on either side, as in the authors' code. A wider one binds less.",
+            "b": "Yes: mean and std are those of the policy's own rewards. As it hacks, the window follows it.",
             "c": "Being uncentred mixes the prompts up, which costs something, but not the bound.",
         },
     ),
     Quiz(
         "51/q4",
         points=1,
-        answer="b",
+        answer="c",
         why={
             "a": "All come from the same base model, but ten and one are not the same numbers: look at the curves.",
-            "b": "Yes: the references only say where f bends, and a noise of one base standard deviation there is "
+            "b": "Advantages are centred in the batch, but one reference shifts the argument of a sigmoid, not f.",
+            "c": "Yes: the references only say where f bends, and a noise of one base standard deviation there is "
             "small beside the distance that the policy travels.",
-            "c": "Advantages are centred in the batch, but one reference shifts the argument of a sigmoid, not f.",
         },
     ),
     Quiz(
         "51/q5",
         points=1,
-        answer="c",
+        answer="a",
         why={
-            "a": "Heavy tails are where it helps most: the highest scores are then mostly error.",
-            "b": "Exploits are scores that no honest response reaches; a bounded reward does not chase them far.",
-            "c": "Yes: then a higher score always means a better response on average, and flattening the top can only "
+            "a": "Yes: then a higher score always means a better response on average, and flattening the top can only "
             "throw information away.",
+            "b": "Exploits are scores that no honest response reaches; a bounded reward does not chase them far.",
+            "c": "Heavy tails are where it helps most: the highest scores are then mostly error.",
         },
     ),
 ]

@@ -6,11 +6,11 @@ QUESTIONS = [
     Quiz(
         "52/q1",
         points=1,
-        answer="c",
+        answer="b",
         why={
             "a": "For any pair of means that a policy can have, short of the edge, some weights lead exactly there.",
-            "b": "They can: tuned on one model they did nearly as well as tuned thresholds on models of the same kind.",
-            "c": "Yes: a weight is a price, and where it leads depends on who pays it. A threshold says where to be.",
+            "b": "Yes: a weight is a price, and where it leads depends on who pays it. A threshold says where to be.",
+            "c": "They can: tuned on one model they did nearly as well as tuned thresholds on models of the same kind.",
         },
     ),
     Quiz(
@@ -26,11 +26,11 @@ QUESTIONS = [
     Quiz(
         "52/q3",
         points=1,
-        answer="b",
+        answer="c",
         why={
             "a": "A reward and its threshold share a scale, and each multiplier has a violation of its own.",
-            "b": "Yes: an answer of forty tokens then counts ten times one of four.",
-            "c": "Both are means over many numbers; a small round makes either noisy.",
+            "b": "Both are means over many numbers; a small round makes either noisy.",
+            "c": "Yes: an answer of forty tokens then counts ten times one of four.",
         },
     ),
     Quiz(
@@ -46,11 +46,11 @@ QUESTIONS = [
     Quiz(
         "52/q5",
         points=1,
-        answer="c",
+        answer="a",
         why={
-            "a": "The simplex may be small or large: what it is told about its corners is the trouble.",
+            "a": "Yes: a value then belongs to some point on the way, and which depends on what was asked before.",
             "b": "A cold start's values are no less noisy, and that search does better.",
-            "c": "Yes: a value then belongs to some point on the way, and which depends on what was asked before.",
+            "c": "The simplex may be small or large: what it is told about its corners is the trouble.",
         },
     ),
 ]
