@@ -46,12 +46,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from minialign.course.check import GO_ON, Exercise, Quiz, Verdict, judge, quiz, registered
-from minialign.course.grader import gradebook, sandbox
+from minialign.course.grader import gradebook, walls
 from minialign.course.grader.gradebook import Grade, Run, slug
 from minialign.course.grader.needed import answers
 from minialign.course.grader.sandbox import Broken, Limits, Lost, Sandbox
@@ -73,6 +73,8 @@ from minialign.course.observe import Outcome
 
 STOPPED = {
     "time": "it ran longer than {seconds} s, and was stopped",
+    "budget": "the {total:g} s for the whole notebook were used up, by this exercise or those before it",
+    "files": "it wrote more than {files} bytes of temporary files, or too many files, and was stopped",
     "output": "its result was larger than {output} bytes, and was not taken",
     "lost": "it brought its sandbox down",
 }
@@ -86,7 +88,7 @@ def _none(exercise: Exercise | Quiz, status: str, why: str = "") -> Verdict:
 
 def stopped(exercise: Exercise | Quiz, said: str, limits: Limits) -> Verdict:
     """The verdict where there is no result."""
-    why = STOPPED.get(said, "its process ended before there was a result").format(**limits._asdict())
+    why = STOPPED.get(said, "its process ended before there was a result").format(**asdict(limits))
     if match := re.fullmatch(r"died (-?\d+)", said):
         code = int(match[1])
         why += f" ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
@@ -189,27 +191,35 @@ class _Attempt:
     found: dict[str, Verdict]  # by exercise
     stated: dict[str, dict] = field(default_factory=dict)  # by exercise: what it uses, see `read_stated`
     judging: float = 0.0  # seconds
+    running: float = 0.0  # seconds in a sandbox, its start aside
+
+    def left(self) -> float:
+        """Seconds of the submission's budget."""
+        return self.limits.total - self.running
 
     def run(self, asked: Sequence[Asked], lent: Sequence[Item] = ()) -> None:
         """Find a verdict for each."""
         while asked:
             todo, asked, position = asked, [], 0
+            began, judged, warming = time.monotonic(), self.judging, self.box.seconds
             try:
                 for said in self.box.run(self._request(todo, lent)):
                     item, _, cases = todo[position]
                     position += 1
-                    began = time.monotonic()
+                    came = time.monotonic()
                     self.stated[item.name] = read_stated(said.body)
                     if said.status == "ok":
                         self.found[item.name] = verdict(item, cases, said.body)
                     else:
                         self.found[item.name] = stopped(item.exercise, said.status, self.limits)
-                    self.judging += time.monotonic() - began
+                    self.judging += time.monotonic() - came
             except Lost:
                 if position < len(todo):
                     item = todo[position].item
                     self.found[item.name] = stopped(item.exercise, "lost", self.limits)
                     asked = todo[position + 1 :]
+            own = self.judging - judged + self.box.seconds - warming
+            self.running += time.monotonic() - began - own
 
     def lend(self, entry: Asked) -> None:
         """A second try for an exercise that builds on earlier ones which have not passed, with right ones instead.
@@ -218,7 +228,7 @@ class _Attempt:
         what this process may say, now that it holds their answers, is its status: no word of it reaches the feedback.
         """
         item, first = entry.item, self.found[entry.item.name]
-        if first.status == "passed" or not isinstance(item.exercise, Exercise):
+        if first.status == "passed" or self.left() <= 0 or not isinstance(item.exercise, Exercise):
             return
         text = "\n".join(self.submission.cells[k][1] for k in entry.cells)
         needs = {answers(cell) for cell in self.stated.get(item.name, {}).get("needs", [])}
@@ -255,7 +265,7 @@ class _Attempt:
             "given": self.chapter.given, "own": self.submission.cells, "items": items, "functions": packer.functions,
             "names": {item.cell: item.expression for item in self.chapter.items},
             "lent": [[other.cell, other.expression, packer.pack(other.exercise.reference)] for other in lent],
-            "limits": self.limits._asdict(),
+            "limits": asdict(self.limits) | {"total": max(self.left(), 0.0)},
         }  # fmt: skip
 
 
@@ -288,13 +298,13 @@ def grade_all(
     for part in ("results", "feedback"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     hidden = [Path(p) for p in (folder, submissions, notebooks, *hide)]
-    kind, warning = sandbox.isolation(isolation, hidden)
+    kind, warning = walls.isolation(isolation, hidden)
     if warning:
         echo(f"warning: {warning}")
     seed = _kept_seed(folder, seed)
     began = time.monotonic()
     read = [read_submission(path, name) for name, path in paths.items()]
-    grades, todo = _sorted(read, chapters, chapter, [seed, limits], folder)
+    grades, todo = _sorted(read, chapters, chapter, [seed, asdict(limits)], folder)
     if todo and grades:
         echo(f"{len(read)} submissions; {len(todo)} to grade, the others need no run")
     reading = time.monotonic() - began

@@ -24,7 +24,7 @@ import torch
 from minialign.course import build
 from minialign.course.check import Exercise, Quiz, find
 from minialign.course.grader.needed import answers
-from minialign.course.grader.sandbox import PACKAGE
+from minialign.course.grader.walls import PACKAGE
 from minialign.course.grader.wire import Unreadable
 
 MAX_BYTES = 10 << 20  # of a notebook; the chapters, pictures included, are below 1.5 MB
