@@ -244,7 +244,7 @@ class Sandbox:
         probe = PROBE.format(written=str(written), known=str(known), secrets=hidden)
         item = {"expression": "value", "targets": [0], "position": 0, "cases": [], "grad_wrt": []}
         request = {"given": [], "own": [["probe-answer", probe]], "items": [item], "functions": [], "lent": []}
-        [said] = self._exchange(request | {"names": {}, "limits": asdict(Limits())})
+        [said] = self._exchange(request | {"names": {}, "solved": {}, "limits": asdict(Limits())})
         try:
             done = json.loads(said.body.partition(b"\n")[2])[0]["value"].split(", ")[:-1]
         except (ValueError, LookupError, TypeError, AttributeError):

@@ -69,7 +69,10 @@ def work(request: Mapping, item: Mapping, say: Callable) -> list[dict]:
     lent = [cell for cell, _, _ in request["lent"]]
     statements, unread, failed = [], None, None
     try:
-        statements = needed(request["given"], request["own"], item["targets"], item["position"], request["names"], lent)
+        statements = needed(
+            request["given"], request["own"], item["targets"], item["position"], request["names"], lent,
+            request["solved"],
+        )  # fmt: skip
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         unread = error
     uses = sorted({name for s in statements for name in s.imports.split()})[:20]
