@@ -278,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=COUNT,
         default=10,
-        help="of CPU for an exercise; thrice that of wall time, 12 times a notebook",
+        help="of CPU an exercise; thrice that of wall time, 12 times a notebook",
     )
     marks.add_argument("--overrides", type=PATH, metavar="CSV", help="by hand: submission,exercise,points,reason")
     marks.add_argument("--format", choices=["canvas", "moodle"], help="also a table that this platform takes")

@@ -305,7 +305,7 @@ def grade_all(
     paths, ignored, unread = collect(submissions)
     if submissions.is_dir() and folder.resolve().is_relative_to(submissions.resolve()):
         raise ValueError(
-            f"--out {out} puts {folder}/results among the submissions, where one may hand it in; choose a place outside."
+            f"--out {out} puts {folder}/results among the submissions, where one may hand it in: choose another place."
         )
     for part in ("results", "feedback"):
         (folder / part).mkdir(parents=True, exist_ok=True)

@@ -117,10 +117,11 @@ def cell(value: str) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2430; --soft: #5b6472; --line: #d9dde3; --page: #fff; --box: #f5f6f8;
-  --bar: #0b6fb8; --passed: #1a7f4b; --wrong: #b3261e; --not: #5b6472; --stopped: #8a5200; --missing: #6f42a0; --by: #0b6fb8 }
+  --bar: #0b6fb8; --passed: #1a7f4b; --wrong: #b3261e; --not: #5b6472; --stopped: #8a5200; --missing: #6f42a0;
+  --by: #0b6fb8 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3acba; --line: #39414e; --page: #14171c;
   --box: #1d2229; --bar: #58a6e8; --passed: #5cc98d; --wrong: #ff8f85; --not: #a3acba; --stopped: #f0b35a;
-  --missing: #c7a3ee } }
+  --missing: #c7a3ee; --by: #58a6e8 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem;
   margin: 2.5rem auto; padding: 0 1.2rem }
 h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem }
@@ -231,11 +232,9 @@ def _common(item: Item, grades: Sequence[Grade]) -> list[list[str]]:
     texts = [grade.verdicts[item.name][3] for grade in grades if item.name in grade.verdicts]
     if isinstance(item.exercise, Quiz):
         why = item.exercise.why
-        chosen = Counter(option for text in texts for option, reason in why.items() if reason in text)
+        chosen = Counter(option for text in texts for option, reason in why.items() if text.endswith(f"  {reason}"))
         right = {item.exercise.answer: " (right)"}
-        return [
-            [item.name, f"{option}{right.get(option, '')}", str(chosen[option])] for option in why if chosen[option]
-        ]
+        return [[item.name, option + right.get(option, ""), str(chosen[option])] for option in why if chosen[option]]
     hints = Counter(found[-1] for text in texts if (found := re.findall(r"(?m)^  Hint: (.+)$", text)))
     return [[item.name, _text(hint), str(count)] for hint, count in hints.most_common(5)]
 

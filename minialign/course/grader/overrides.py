@@ -15,7 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from minialign.course.grader.gradebook import BY_HAND, Grade, cell
-from minialign.course.grader.submission import Chapter, Submission
+from minialign.course.grader.submission import Chapter, Submission, recognise
+from minialign.course.grader.wire import Unreadable
 
 COLUMNS = ("submission", "exercise", "points")
 
@@ -26,6 +27,7 @@ def read(
     """Names of submissions as the files are called, or as grades.csv spells them."""
     called = {cell(one.name): one.name for one in submissions} | {one.name: one.name for one in submissions}
     worth = {item.name: float(item.exercise.points) for chapter in chapters.values() for item in chapter.items}
+    by_name, chapter_of = {one.name: one for one in submissions}, {}
     found: dict[str, dict[str, tuple[float, str]]] = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -39,12 +41,23 @@ def read(
                     raise ValueError(f"{path}, line {number}: no {what} {value!r}.{near}")
             if called[name] in found and exercise in found[called[name]]:
                 raise ValueError(f"{path}, line {number}: {exercise} of {name} stands there twice.")
+            asked = exercise.partition("/")[0]
+            own = chapter_of.setdefault(called[name], _chapter(by_name[called[name]], chapters) or asked)
+            if asked != own:
+                raise ValueError(f"{path}, line {number}: {name} is of chapter {own}, {exercise} is not.")
             value = _number(points)
             if not 0 <= value <= worth[exercise]:
                 most = f"{worth[exercise]:g}"
                 raise ValueError(f"{path}, line {number}: points {points!r}; expected a number from 0 to {most}.")
             found.setdefault(called[name], {})[exercise] = value, row.get("reason") or ""
     return found
+
+
+def _chapter(submission: Submission, chapters: Mapping[str, Chapter]) -> str:
+    try:
+        return recognise(submission, chapters).number
+    except Unreadable:
+        return ""
 
 
 def _number(text: str) -> float:
@@ -55,23 +68,18 @@ def _number(text: str) -> float:
 
 
 def apply(grade: Grade, own: Mapping[str, tuple[float, str]], chapters: Mapping[str, Chapter]) -> Grade:
-    """Also where there was no grade: the exercise says which chapter it is; the others then have no points.
-
-    ValueError for an exercise of another chapter than the submission's.
-    """
+    """Also where there was no grade: the exercise says which chapter it is; the others then have no points."""
     if not own:
         return grade
-    numbers = {exercise.partition("/")[0] for exercise in own} | ({grade.chapter} if grade.chapter else set())
-    if len(numbers) > 1:
-        raise ValueError(f"overrides for {grade.submission}: exercises of chapters {' and '.join(sorted(numbers))}.")
-    chapter = chapters[numbers.pop()]
+    chapter = chapters[next(iter(own)).partition("/")[0]]
     none = {item.name: ["missing", 0.0, float(item.exercise.points), ""] for item in chapter.items}
     verdicts = none | grade.verdicts
     for exercise, (points, reason) in own.items():
         _, before, worth, text = verdicts[exercise]
         said = f"{exercise}: {BY_HAND}, {points:g} of {worth:g} points. {reason}\n"
         verdicts[exercise] = [BY_HAND, points, worth, f"{said}  Before: {before:g}. {text}".rstrip()]
+    remarks = [*grade.remarks, f"{BY_HAND}: {', '.join(own)}"]
     return replace(
-        grade, chapter=chapter.number, title=chapter.title, out_of=chapter.points, verdicts=verdicts,
-        points=float(sum(entry[1] for entry in verdicts.values())), remarks=[*grade.remarks, f"{BY_HAND}: {', '.join(own)}"],
+        grade, chapter=chapter.number, title=chapter.title, out_of=chapter.points, verdicts=verdicts, remarks=remarks,
+        points=float(sum(entry[1] for entry in verdicts.values())),
     )  # fmt: skip
