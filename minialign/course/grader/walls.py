@@ -87,8 +87,6 @@ def environment(folder: str = FILES) -> dict[str, str]:
     """`folder`: where a submission may write."""
     fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     fixed |= {"HOME": folder, "TMPDIR": folder, "MPLCONFIGDIR": folder, "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
-    # what torch.compile makes takes a compiler, another process: it is run as it is written
-    fixed |= {"TORCH_COMPILE_DISABLE": "1", "TORCHINDUCTOR_CACHE_DIR": folder}
     # the same kernels as here, whatever it can find out about the processor: the last bits of a float32 depend on them
     fixed |= {"ATEN_CPU_CAPABILITY": torch.backends.cpu.get_cpu_capability().lower()}
     return fixed | {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
