@@ -169,11 +169,12 @@ def command_copy(args) -> int:
 def command_grade(args) -> int:
     from minialign.course.grader import grade, sandbox
 
-    limits = sandbox.Limits(seconds=args.seconds, wall=3 * args.seconds)
+    limits = sandbox.Limits(seconds=args.seconds, wall=3 * args.seconds, total=12 * args.seconds)
     try:
         grade.grade_all(
             args.submissions, args.out, args.source, chapter=args.chapter, jobs=args.jobs,
             isolation=args.isolation, limits=limits, seed=args.seed, progress=sys.stderr.isatty(),
+            by_hand=args.overrides, form=args.format, roster=args.roster,
             hide=[REPOSITORY / "solutions", REPOSITORY / "tests", REPOSITORY / ".git"],
         )  # fmt: skip
     except sandbox.Broken as error:
@@ -274,8 +275,14 @@ def parser() -> argparse.ArgumentParser:
     marks.add_argument("--chapter", help="accept this chapter only, by number")
     marks.add_argument("--jobs", type=COUNT, help="sandboxes at a time (default: one a core)")
     marks.add_argument(
-        "--seconds", type=COUNT, default=10, help="of CPU for each exercise, and thrice as many of wall time"
+        "--seconds",
+        type=COUNT,
+        default=10,
+        help="of CPU an exercise; thrice that of wall time, 12 times a notebook",
     )
+    marks.add_argument("--overrides", type=PATH, metavar="CSV", help="by hand: submission,exercise,points,reason")
+    marks.add_argument("--format", choices=["canvas", "moodle"], help="also a table that this platform takes")
+    marks.add_argument("--roster", type=PATH, metavar="CSV", help="that platform's export of the class")
     marks.add_argument("--seed", help="of the fresh inputs (default: drawn at the first start, and kept)")
     marks.add_argument("--isolation", choices=["auto", "bubblewrap", "subprocess"], default="auto")
     marks.set_defaults(function=command_grade)

@@ -8,6 +8,13 @@ from minialign.methods.b2diffurl import branch_advantage, progressive_window, se
 
 # ---- the window ------------------------------------------------------------------------------------------------------
 
+
+def _window_case(g):
+    num_stages, first, more = (int(torch.randint(*ends, (), generator=g)) for ends in ((20, 120), (1, 7), (1, 13)))
+    stage = int(torch.randint(num_stages, (), generator=g))
+    return dict(stage=stage, num_stages=num_stages, first=first, last=first + more)
+
+
 PROGRESSIVE_WINDOW = Exercise(
     "11/progressive_window",
     points=2,
@@ -17,6 +24,7 @@ PROGRESSIVE_WINDOW = Exercise(
         dict(stage=3, num_stages=4, first=2, last=3),
         *(dict(stage=stage, num_stages=100, first=14, last=20) for stage in (14, 15, 57, 58, 85, 86, 99)),
         *(dict(stage=stage, num_stages=36, first=4, last=10) for stage in (0, 5, 6, 17, 18, 35)),
+        _window_case,
     ],
     mistakes={
         "the last window never comes: there are last - first + 1 different lengths, both ends included.": (

@@ -4,7 +4,8 @@
     grade_one(submission, chapter, box, ...)    one submission, run in a sandbox
     verdict(item, cases, body)                  what came out of it, judged
 
-`submission.py` reads what came, `wire.py` what the sandbox says, and `gradebook.py` writes what comes out.
+`submission.py` reads what came, `wire.py` what the sandbox says, and `gradebook.py` writes what comes out; `kept.py`
+remembers.
 
 A submission is hostile until proven otherwise. This process, the grader, never executes, imports, compiles or parses
 code of a submission; it reads JSON, and it compares numbers:
@@ -41,17 +42,16 @@ import io
 import json
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from minialign.course.check import GO_ON, Exercise, Quiz, Verdict, judge, quiz, registered
-from minialign.course.grader import gradebook, sandbox
+from minialign.course.grader import formats, gradebook, kept, overrides, similar, walls
 from minialign.course.grader.gradebook import Grade, Run, slug
 from minialign.course.grader.needed import answers
 from minialign.course.grader.sandbox import Broken, Limits, Lost, Sandbox
@@ -59,6 +59,7 @@ from minialign.course.grader.submission import (
     Chapter,
     Item,
     Submission,
+    collect,
     load_chapters,
     read_submission,
     recognise,
@@ -73,6 +74,8 @@ from minialign.course.observe import Outcome
 
 STOPPED = {
     "time": "it ran longer than {seconds} s, and was stopped",
+    "budget": "the {total:g} s for the whole notebook were used up, by this exercise or those before it",
+    "files": "it wrote more than {files} bytes of temporary files, or too many files, and was stopped",
     "output": "its result was larger than {output} bytes, and was not taken",
     "lost": "it brought its sandbox down",
 }
@@ -86,7 +89,7 @@ def _none(exercise: Exercise | Quiz, status: str, why: str = "") -> Verdict:
 
 def stopped(exercise: Exercise | Quiz, said: str, limits: Limits) -> Verdict:
     """The verdict where there is no result."""
-    why = STOPPED.get(said, "its process ended before there was a result").format(**limits._asdict())
+    why = STOPPED.get(said, "its process ended before there was a result").format(**asdict(limits))
     if match := re.fullmatch(r"died (-?\d+)", said):
         code = int(match[1])
         why += f" ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
@@ -136,10 +139,10 @@ def grade_one(submission: Submission, chapter: Chapter, box: Sandbox, seed: str,
     """Run it in `box` and judge it. A sandbox that is lost costs the exercise that lost it, and no other."""
     began, warming = time.monotonic(), box.seconds
     found: dict[str, Verdict] = {}
-    asked = []
+    asked, solved = [], {item.cell: targets(chapter, item, submission.cells) for item in chapter.items}
     given = {cell: source for cell, source in chapter.given if cell}
     for item in chapter.items:
-        cells, exercise = targets(chapter, item, submission.cells), item.exercise
+        cells, exercise = solved[item.cell], item.exercise
         if not cells:
             found[item.name] = _none(exercise, "missing", "the cell with the solution is not in the notebook")
         elif all(given.get(cell) == source for cell, source in (submission.cells[k] for k in cells)):
@@ -147,7 +150,7 @@ def grade_one(submission: Submission, chapter: Chapter, box: Sandbox, seed: str,
         else:
             drawn = _seed(seed, submission.digest, item.name)
             asked.append(Asked(item, cells, exercise.draw(drawn) if isinstance(exercise, Exercise) else []))
-    attempt = _Attempt(submission, chapter, box, limits, found)
+    attempt = _Attempt(submission, chapter, box, limits, found, solved)
     prepared = time.monotonic()
     attempt.run(asked)
     for entry in asked:
@@ -187,29 +190,38 @@ class _Attempt:
     box: Sandbox
     limits: Limits
     found: dict[str, Verdict]  # by exercise
+    solved: dict[str, list[int]]  # by grade id of the check: the student's cells with the solution
     stated: dict[str, dict] = field(default_factory=dict)  # by exercise: what it uses, see `read_stated`
     judging: float = 0.0  # seconds
+    running: float = 0.0  # seconds in a sandbox, its start aside
+
+    def left(self) -> float:
+        """Seconds of the submission's budget."""
+        return self.limits.total - self.running
 
     def run(self, asked: Sequence[Asked], lent: Sequence[Item] = ()) -> None:
         """Find a verdict for each."""
         while asked:
             todo, asked, position = asked, [], 0
+            began, judged, warming = time.monotonic(), self.judging, self.box.seconds
             try:
                 for said in self.box.run(self._request(todo, lent)):
                     item, _, cases = todo[position]
                     position += 1
-                    began = time.monotonic()
+                    came = time.monotonic()
                     self.stated[item.name] = read_stated(said.body)
                     if said.status == "ok":
                         self.found[item.name] = verdict(item, cases, said.body)
                     else:
                         self.found[item.name] = stopped(item.exercise, said.status, self.limits)
-                    self.judging += time.monotonic() - began
+                    self.judging += time.monotonic() - came
             except Lost:
                 if position < len(todo):
                     item = todo[position].item
                     self.found[item.name] = stopped(item.exercise, "lost", self.limits)
                     asked = todo[position + 1 :]
+            own = self.judging - judged + self.box.seconds - warming
+            self.running += time.monotonic() - began - own
 
     def lend(self, entry: Asked) -> None:
         """A second try for an exercise that builds on earlier ones which have not passed, with right ones instead.
@@ -218,7 +230,7 @@ class _Attempt:
         what this process may say, now that it holds their answers, is its status: no word of it reaches the feedback.
         """
         item, first = entry.item, self.found[entry.item.name]
-        if first.status == "passed" or not isinstance(item.exercise, Exercise):
+        if first.status == "passed" or self.left() <= 0 or not isinstance(item.exercise, Exercise):
             return
         text = "\n".join(self.submission.cells[k][1] for k in entry.cells)
         needs = {answers(cell) for cell in self.stated.get(item.name, {}).get("needs", [])}
@@ -253,9 +265,9 @@ class _Attempt:
             })  # fmt: skip
         return {
             "given": self.chapter.given, "own": self.submission.cells, "items": items, "functions": packer.functions,
-            "names": {item.cell: item.expression for item in self.chapter.items},
+            "names": {item.cell: item.expression for item in self.chapter.items}, "solved": self.solved,
             "lent": [[other.cell, other.expression, packer.pack(other.exercise.reference)] for other in lent],
-            "limits": self.limits._asdict(),
+            "limits": asdict(self.limits) | {"total": max(self.left(), 0.0)},
         }  # fmt: skip
 
 
@@ -270,70 +282,66 @@ def _answers(chapter: Chapter) -> list[Callable]:
 def grade_all(
     submissions: Path, out: Path, notebooks: Path, *, chapter: str | None = None, jobs: int | None = None,
     isolation: str = "auto", limits: Limits = Limits(), seed: str | None = None, echo: Callable = print,
-    progress: bool = False, hide: Sequence[Path] = (),
+    progress: bool = False, hide: Sequence[Path] = (), by_hand: Path | None = None, form: str | None = None,
+    roster: Path | None = None,
 ) -> list[Grade]:  # fmt: skip
     """Grade a notebook or every notebook in a folder, and write `out` and the folder beside it, named after it.
 
     `out`, say grades.csv, has a line a submission; grades/ holds feedback/, summary.html and results/, from which a
     run that was stopped goes on. `chapter` refuses the notebooks of others. `hide`: folders that hold answers.
+    `by_hand`: a table of points that replace the grader's, see `overrides.py`. `form`, with the platform's `roster` of
+    the class: also a table that the platform takes, see `formats.py`.
     """
     submissions, out = Path(submissions), Path(out)
     chapters = load_chapters(notebooks)
     if chapter is not None and chapter not in chapters:
         raise ValueError(f"no chapter {chapter!r} in {notebooks}. There are: {', '.join(chapters)}.")
+    if (form is None) != (roster is None):
+        raise ValueError("--format and --roster go together: which platform, and its export of the class.")
+    students = formats.read_roster(roster, form) if form else []
     folder = out.with_suffix("")
     if folder == out:
         raise ValueError(f"--out {out} needs a suffix, as in grades.csv; the folder beside it is named after it.")
-    paths, ignored = collect(submissions, leave=(out, folder))
+    paths, ignored, unread = collect(submissions)
+    if submissions.is_dir() and folder.resolve().is_relative_to(submissions.resolve()):
+        raise ValueError(
+            f"--out {out} puts {folder}/results among the submissions, where one may hand it in: choose another place."
+        )
     for part in ("results", "feedback"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     hidden = [Path(p) for p in (folder, submissions, notebooks, *hide)]
-    kind, warning = sandbox.isolation(isolation, hidden)
+    kind, warning = walls.isolation(isolation, hidden)
     if warning:
         echo(f"warning: {warning}")
-    seed = _kept_seed(folder, seed)
+    seed = kept.seed(folder, seed)
     began = time.monotonic()
-    read = [read_submission(path, name) for name, path in paths.items()]
-    grades, todo = _sorted(read, chapters, chapter, [seed, limits], folder)
+    read = [read_submission(path, name) for name, path in paths.items()] + unread
+    read.sort(key=lambda submission: submission.name)
+    given = overrides.read(by_hand, read, chapters) if by_hand else {}
+    grades, todo = _sorted(read, chapters, chapter, [seed, asdict(limits)], folder)
     if todo and grades:
         echo(f"{len(read)} submissions; {len(todo)} to grade, the others need no run")
     reading = time.monotonic() - began
     for done in _run(todo, kind, hidden, seed, limits, jobs, progress, folder):
         grades[done.submission] = done
-    ordered = [grades[submission.name] for submission in read]
+    ordered = [overrides.apply(grades[one.name], given.get(one.name, {}), chapters) for one in read]
+    answered = [(one, chapters[grades[one.name].chapter]) for one in read if grades[one.name].chapter]
     for grade in ordered:
-        _write(folder / "feedback" / f"{slug(grade.submission)}.html", gradebook.feedback(grade))
+        kept.write(folder / "feedback" / f"{slug(grade.submission)}.html", gradebook.feedback(grade))
     took = time.monotonic() - began
-    run = Run(ordered, chapters, ignored, kind, warning, seconds=took, reading=reading, graded=len(todo))
-    _write(folder / "summary.html", gradebook.summary(run))
-    _write(out, gradebook.table(ordered, chapters))
+    run = Run(
+        ordered, chapters, ignored, kind, warning, seconds=took, reading=reading, graded=len(todo),
+        alike=similar.alike(answered),
+    )  # fmt: skip
+    kept.write(folder / "summary.html", gradebook.summary(run))
+    kept.write(out, gradebook.table(ordered, chapters))
+    if form:
+        table, notes = formats.export(form, students, ordered, chapters)
+        kept.write(out.with_name(f"{out.stem}-{form}.csv"), table)
+        for note in notes:
+            echo(f"{form}: {note}")
     echo(gradebook.report(run, str(out), str(folder)))
     return ordered
-
-
-def collect(submissions: Path, leave: Sequence[Path] = ()) -> tuple[dict[str, Path], list[str]]:
-    """({name: path of a notebook}, other files' names), sorted; links to folders are not followed."""
-    leave = {path.resolve() for path in leave}
-    if not submissions.exists() and not submissions.is_symlink():
-        raise FileNotFoundError(f"no such file or folder: {submissions}")
-    if not submissions.is_dir():
-        return {submissions.name: submissions.resolve()}, []
-    paths, ignored = {}, []
-    for folder, folders, files in os.walk(submissions):
-        here = Path(folder).resolve()
-        folders[:] = [name for name in folders if name != ".ipynb_checkpoints" and here / name not in leave]
-        odd = [name for name in folders if name.endswith(".ipynb") or (Path(folder) / name).is_symlink()]
-        folders[:] = [name for name in folders if name not in odd]
-        for name in files + odd:  # a folder may call itself a notebook, and is told that it is none
-            path = Path(folder) / name
-            shown = path.relative_to(submissions).as_posix()
-            if name.endswith(".ipynb") and not name.startswith("."):  # ._one.ipynb is what a Mac adds to an archive
-                paths[shown] = path
-            elif here / name not in leave:
-                ignored.append(shown)
-    if not paths:
-        raise ValueError(f"{submissions} holds no notebooks (*.ipynb).")
-    return dict(sorted(paths.items())), sorted(ignored)
 
 
 def _sorted(
@@ -353,8 +361,8 @@ def _sorted(
             grades[submission.name] = Grade(submission.name, out_of=out_of, remarks=[str(problem)])
             continue
         key = sha256(json.dumps([found.fingerprint, settings, submission.digest, submission.name]).encode())
-        if kept := _kept(folder, submission, key):
-            grades[submission.name] = kept
+        if known := kept.load(folder, submission, key):
+            grades[submission.name] = known
         else:
             todo.append((submission, found, key))
     return grades, todo
@@ -383,8 +391,7 @@ def _run(todo, kind, hidden, seed, limits, jobs, progress, folder):
             return Grade(submission.name, chapter.number, chapter.title, out_of=chapter.points, remarks=[remark])
         finally:
             free.append(box)
-        kept = {"key": key, "grade": vars(grade)}
-        _write(folder / "results" / f"{slug(grade.submission)}.json", json.dumps(kept, indent=1))
+        kept.store(folder, grade, key)
         return grade
 
     pool = ThreadPoolExecutor(jobs)
@@ -398,28 +405,3 @@ def _run(todo, kind, hidden, seed, limits, jobs, progress, folder):
         for box in boxes:
             box.close()
             box.scratch.cleanup()
-
-
-def _kept_seed(folder: Path, seed: str | None) -> str:
-    path = folder / "results" / "seed.txt"
-    if seed is None and path.exists():
-        return path.read_text().strip()
-    seed = secrets.token_hex(16) if seed is None else seed
-    _write(path, seed + "\n")
-    return seed
-
-
-def _kept(folder: Path, submission: Submission, key: str) -> Grade | None:
-    """The grade of an earlier run, if it would come out the same."""
-    try:
-        kept = json.loads((folder / "results" / f"{slug(submission.name)}.json").read_text(encoding="utf-8"))
-        return Grade(**kept["grade"]) if kept["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    os.replace(partial, path)

@@ -19,10 +19,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from minialign.course.grader.submission import Chapter
+from minialign.course.check import Quiz
+from minialign.course.grader.submission import Chapter, Item
 
-STATES = ("passed", "wrong", "not attempted", "stopped", "missing")
+BY_HAND = "by hand"
+STATES = ("passed", "wrong", "not attempted", "stopped", "missing", BY_HAND)
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20'")  # what spreadsheets take for one's beginning; ' keeps names apart
+
+FORMULA_INSIDE = re.compile(rf"""([;|][\s"]*)(?=[{re.escape("".join(FORMULA))}])""")
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Run:
     seconds: float  # in all
     reading: float  # the submissions
     graded: int  # now, and not in an earlier run
+    alike: Sequence[tuple[str, str, list[str]]] = ()  # see `similar.alike`
 
     def by_chapter(self) -> Iterator[tuple[Chapter, list[Grade]]]:
         for number in sorted({grade.chapter for grade in self.grades if grade.chapter}):
@@ -86,18 +91,25 @@ def table(grades: Sequence[Grade], chapters: Mapping[str, Chapter]) -> str:
     """submission, chapter, points, out_of, a column an exercise, what the solutions import, remarks."""
     numbers = sorted({grade.chapter for grade in grades if grade.chapter})
     names = [item.name for number in numbers for item in chapters[number].items]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["submission", "chapter", "points", "out_of", *names, "imports", "remarks"])
+    rows = [["submission", "chapter", "points", "out_of", *names, "imports", "remarks"]]
     for grade in grades:
         points = [f"{grade.verdicts[name][1]:g}" if name in grade.verdicts else "" for name in names]
         row = [grade.submission, grade.title, f"{grade.points:g}", f"{grade.out_of:g}", *points]
-        writer.writerow([_cell(value) for value in (*row, " ".join(grade.uses), "; ".join(grade.remarks))])
+        rows.append([*row, " ".join(grade.uses), "; ".join(grade.remarks)])
+    return comma_separated(rows)
+
+
+def comma_separated(rows: Sequence[Sequence[str]]) -> str:
+    """Every cell quoted, so that none falls apart; none is a formula, nor where a spreadsheet splits at semicolons."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(
+        [cell(value) for value in row] for row in rows
+    )
     return text.getvalue()
 
 
-def _cell(value: str) -> str:
-    clean = visible(value)
+def cell(value: str) -> str:
+    clean = FORMULA_INSIDE.sub(r"\1'", visible(value))
     return "'" + clean if clean.lstrip().startswith(FORMULA) else clean
 
 
@@ -105,10 +117,11 @@ def _cell(value: str) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2430; --soft: #5b6472; --line: #d9dde3; --page: #fff; --box: #f5f6f8;
-  --bar: #0b6fb8; --passed: #1a7f4b; --wrong: #b3261e; --not: #5b6472; --stopped: #8a5200; --missing: #6f42a0 }
+  --bar: #0b6fb8; --passed: #1a7f4b; --wrong: #b3261e; --not: #5b6472; --stopped: #8a5200; --missing: #6f42a0;
+  --by: #0b6fb8 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a3acba; --line: #39414e; --page: #14171c;
   --box: #1d2229; --bar: #58a6e8; --passed: #5cc98d; --wrong: #ff8f85; --not: #a3acba; --stopped: #f0b35a;
-  --missing: #c7a3ee } }
+  --missing: #c7a3ee; --by: #58a6e8 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem;
   margin: 2.5rem auto; padding: 0 1.2rem }
 h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem }
@@ -183,9 +196,19 @@ def summary(run: Run) -> str:
                 [_went(item.name, item.exercise.points, own) for item in chapter.items],
             ),
         ]
+        if said := [row for item in chapter.items for row in _common(item, own)]:
+            body += ["<h3>What was common</h3>", _rows(["exercise", "", ".how often"], said)]
     odd = [grade for grade in run.grades if grade.remarks]
     if odd:
         body += ["<h2>Look at these</h2>", _rows(["submission", ".points", "why"], [_link(g, g.remarks) for g in odd])]
+    if run.alike:
+        body.append("<h2>Answers alike</h2><p>Copied, or the same idea: look before you judge.</p>")
+        links = {grade.submission: _link(grade, [])[0] for grade in run.grades}
+        rows = [
+            [what, how, ", ".join(links[name] for name in names[:20]) + ", ..." * (len(names) > 20), str(len(names))]
+            for what, how, names in run.alike
+        ]
+        body.append(_rows(["exercise", "", "submissions", "."], rows))
     using = [grade for grade in run.grades if grade.uses]
     if using:
         body.append(f"<details><summary>What solutions import of the package ({len(using)})</summary>")
@@ -202,6 +225,18 @@ def summary(run: Run) -> str:
 def _went(name: str, points: int | float, grades: Sequence[Grade]) -> list[str]:
     tally = Counter(grade.verdicts[name][0] for grade in grades if grade.verdicts)
     return [name, f"{points:g}", *(str(tally[status] or "") for status in STATES)]
+
+
+def _common(item: Item, grades: Sequence[Grade]) -> list[list[str]]:
+    """The hints that an exercise gave, the commonest first; of a question, which options were chosen."""
+    texts = [grade.verdicts[item.name][3] for grade in grades if item.name in grade.verdicts]
+    if isinstance(item.exercise, Quiz):
+        why = item.exercise.why
+        chosen = Counter(option for text in texts for option, reason in why.items() if text.endswith(f"  {reason}"))
+        right = {item.exercise.answer: " (right)"}
+        return [[item.name, option + right.get(option, ""), str(chosen[option])] for option in why if chosen[option]]
+    hints = Counter(found[-1] for text in texts if (found := re.findall(r"(?m)^  Hint: (.+)$", text)))
+    return [[item.name, _text(hint), str(count)] for hint, count in hints.most_common(5)]
 
 
 def _link(grade: Grade, words: Sequence[str]) -> list[str]:
@@ -248,6 +283,11 @@ def report(run: Run, out: str, folder: str) -> str:
         counts = histogram([grade.points for grade in own], chapter.points)
         scale = max(1, max(count for _, count in counts) / 40)
         lines += [f"  {label:>14s} {count:5d} {'#' * round(count / scale)}" for label, count in counts]
-    unread = sum(not grade.chapter for grade in run.grades)
-    lines += [f"{unread} could not be graded; {out} says why"] if unread else []
+    unread = [grade.submission for grade in run.grades if not grade.chapter]
+    lines += [f"{len(unread)} could not be graded; {out} says why: {_some(unread)}"] if unread else []
+    lines += [f"{len(run.ignored)} other files are no notebooks: {_some(run.ignored)}"] if run.ignored else []
     return "\n".join([*lines, run.times(), f"{out}; feedback and summary.html in {folder}/"])
+
+
+def _some(names: Sequence[str]) -> str:
+    return visible(", ".join(names[:5])) + (", ..." if len(names) > 5 else "")

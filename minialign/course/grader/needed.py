@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 NOTHING, NONE = ast.Module(body=[], type_ignores=[]), frozenset()
+MAGICS = 100  # lines of a cell that may be passed over
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -41,6 +42,7 @@ def needed(
     position: int,
     names: Mapping[str, str] | None = None,
     lent: Sequence[str] = (),
+    solved: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Statement]:
     """What to run for the solution cells own[i], i in targets, that stand before the given cell `position`.
 
@@ -48,21 +50,28 @@ def needed(
     being replaced by the student's; names that are not defined there come from the student's other cells. A statement
     that changes an object brings the object's definition with it, and is brought by it. `names`: what the
     exercises are to define, by the grade id of their check; `lent`: those that are not run, their name being defined
-    already. SyntaxError from a target.
+    already; `solved`: which cells of `own` solve them, also in cells that the student added. SyntaxError from a target.
     """
-    names = names or {}
-    solutions = {cell: [i for i, (other, _) in enumerate(own) if other == cell] for cell, _ in given if answers(cell)}
+    names, solved = names or {}, solved or {}
+    last = {answers(cell): number for number, (cell, _) in enumerate(given) if answers(cell)}
     before: list[Statement] = []
     for number, (cell, source) in enumerate(given[:position]):
         check = answers(cell)
         due = frozenset({names[check]} if check in names else ())
         if check in lent:
             before.append(Statement((0, number, 0, 0), NOTHING, "", due, NONE, False, True, "", ""))
-        elif cell in solutions:
-            for k in solutions[cell]:
-                if k not in targets:
-                    whole = _statements(own[k][1], (0, number, k), f"your cell {cell}", cell, whole=True)
-                    before += (statement._replace(binds=statement.binds | due) for statement in whole)
+        elif check:
+            added = [k for k in solved.get(check, ()) if answers(own[k][0]) != check] if last[check] == number else []
+            theirs = sorted({*added, *(k for k, (other, _) in enumerate(own) if other == cell)})
+            wholes = [
+                statement
+                for k in theirs
+                if k not in targets
+                for statement in _statements(own[k][1], (0, number, k), f"your cell {cell}", cell, whole=True)
+            ]
+            if not any(due <= statement.binds for statement in wholes):  # by `exec`, say
+                wholes = [statement._replace(binds=statement.binds | due) for statement in wholes]
+            before += wholes
         elif cell is None:
             before += _statements(source, (0, number, 0), f"cell {number}")
     known = {source for _, source in given}
@@ -115,18 +124,15 @@ def answers(cell: str | None) -> str:
 @functools.cache
 def _statements(source, order, file, cell="", whole=False, strict=False) -> list[Statement]:
     try:
-        try:
-            tree = ast.parse(source, file)
-        except SyntaxError:  # magics are not Python; kept as empty lines, for the numbers of the others
-            source = re.sub(r"(?m)^[ \t]*[%!?].*", lambda line: "pass" if line[0][0] in " \t" else "", source)
-            tree = ast.parse(source, file)
+        tree = _parse(source, file)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         if strict:
             raise
         return []
     file = f"<{file}>" if order[0] == 2 else f"<{file}, {order[1]}.{order[2]}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    bodies = [tree.body] if whole else [[node] for node in _split(tree.body)]
+    body = [node for node in tree.body if not _awaits(node)]
+    bodies = [body] if whole else [[node] for node in _split(body)]
     found = []
     for k, body in enumerate(bodies):
         try:
@@ -140,6 +146,39 @@ def _statements(source, order, file, cell="", whole=False, strict=False) -> list
         module = ast.Module(body=body, type_ignores=[])
         found.append(Statement((*order, k), module, file, binds, uses, late, fixed, _package(body), cell))
     return found
+
+
+def _parse(source: str, file: str) -> ast.Module:
+    """The cell as Python. What only a notebook understands is passed over, line by line where the parser meets it."""
+    for _ in range(MAGICS):
+        try:
+            return ast.parse(source, file)
+        except SyntaxError as error:
+            lines, at = source.split("\n"), (error.lineno or 0) - 1
+            if not 0 <= at < len(lines) or (python := _without_magic(lines[at])) == lines[at]:
+                raise
+            source = "\n".join([*lines[:at], python, *lines[at + 1 :]])
+    return ast.parse(source, file)
+
+
+def _without_magic(line: str) -> str:
+    """%matplotlib inline, !ls, ?len, len? -> pass; files = !ls -> files = None; %time x = f() -> x = f()."""
+    for pattern, python in (
+        (r"(\s*)%time\s+(.+)", r"\1\2"),
+        (r"(\s*)[%!?].*", r"\1pass"),
+        (r"(\s*)([\w, ]+=)\s*[%!].*", r"\1\2 None"),
+        (r"(\s*)[\w.*%]+\?{1,2}\s*", r"\1pass"),
+    ):
+        if match := re.fullmatch(pattern, line):
+            return match.expand(python)
+    return line
+
+
+def _awaits(node: ast.AST) -> bool:
+    """Whether it awaits something, outside any function: a notebook does, a sandbox has nobody to wait for."""
+    if isinstance(node, ast.Await | ast.AsyncFor | ast.AsyncWith) or getattr(node, "is_async", 0):
+        return True
+    return not isinstance(node, (*FUNCTIONS, ast.Lambda)) and any(map(_awaits, ast.iter_child_nodes(node)))
 
 
 def _split(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -195,11 +234,22 @@ def _names_of(node: ast.stmt) -> tuple[set, set]:
 
 
 def _package(body: list[ast.stmt]) -> str:
-    """The dotted names that a piece of code imports from minialign, joined by spaces."""
+    """The dotted names that a piece of code imports from minialign, or writes out; and by which other ways it imports.
+
+    Joined by spaces. A name that is put together at run time is not seen, only the way.
+    """
     names = []
     for node in (inner for statement in body for inner in ast.walk(statement)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return " ".join(name for name in names if name.startswith("minialign") and ".course" not in name)
+        match node:
+            case ast.Import():
+                names += [alias.name for alias in node.names]
+            case ast.ImportFrom():
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+            case ast.Constant(value=str(text)) if re.fullmatch(r"minialign(\.\w+)*", text):
+                names.append(text)
+            case ast.Name(id=name) | ast.Attribute(attr=name) if name in ("__import__", "import_module"):
+                names.append(name)
+            case ast.Attribute(attr="modules"):
+                names.append("sys.modules")
+    odd = ("importlib", "sys.modules", "__import__", "import_module")
+    return " ".join(name for name in names if name.startswith(("minialign", *odd)) and ".course" not in name)

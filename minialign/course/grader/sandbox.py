@@ -36,63 +36,90 @@ These walls stop programs, not a flaw of the kernel. For that, grade in a virtua
 
 import json
 import os
+import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from minialign.course.grader.locks import landlock, seccomp
-from minialign.course.grader.worker import FRAME
-
-PACKAGE = Path(__file__).resolve().parents[2]
-# Of the course, with STUB; of the grader, what runs inside, and none of what judges.
-INSIDE = ("observe.py", *(f"grader/{name}.py" for name in ("__init__", "locks", "needed", "wire", "worker")))
-STUB = '''"""In the grader's sandbox the course is empty: no checks, no references, no answers."""
-
-
-def check(name, function=None, seed=None):
-    return function, 0.0
-
-
-def quiz(name, answer=None):
-    return 0.0
-'''
-DEVICES = ("/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo")
-SYSTEM = (
-    "/usr",
-    "/lib",
-    "/lib64",
-    "/lib32",
-    "/bin",
-    "/sbin",
-    "/etc/ld.so.cache",
-    "/etc/ld.so.conf",
-    "/etc/alternatives",
-    "/sys/devices/system/cpu",
+from minialign.course.grader.locks import landlock
+from minialign.course.grader.walls import (
+    FILES,
+    INSIDE,
+    PACKAGE,
+    STUB,
+    bubblewrap,
+    copies,
+    environment,
+    libraries,
+    readable,
 )
+from minialign.course.grader.worker import FRAME, PLAIN, WARMER
+
 # Tried in every new sandbox before the first submission, harmlessly: what should fail. Gives what did not.
 PROBE = """
-import os, socket
+import ctypes, os, socket, sys
+
+libc = ctypes.CDLL(None, use_errno=True)
+
 
 def fork():
     if os.fork() == 0:
         os._exit(0)
+
+
+def refused(number, *arguments):  # by the filter, before the kernel finds that the arguments are of no use
+    ctypes.set_errno(0)
+    libc.syscall(*map(ctypes.c_long, (number, *arguments)))
+    return ctypes.get_errno() in (1, 38)  # EPERM, ENOSYS
+
+
+def new_calls():  # fchmodat2, setxattrat, file_setattr among them, and those that are still to come
+    if all(refused(number, -1, -1, -1, -1, -1, -1) for number in [*range(450, 600), 1000]):
+        raise OSError
+
+
+def attributes():  # FS_IOC_SETFLAGS, to what stands at address 0
+    with open(os.__file__) as file:
+        ctypes.set_errno(0)
+        libc.ioctl(file.fileno(), ctypes.c_ulong(0x40086602), None)
+    if ctypes.get_errno() == 1:
+        raise OSError
+
+
+def outlive():
+    if libc.prctl(1, 9, 0, 0, 0):
+        raise OSError
+
+
+def read_checks():
+    found = [*{secrets!r}, *(path + "/minialign/course/check.py" for path in sys.path)]
+    for path in filter(os.path.exists, found):
+        try:
+            return open(path).close()
+        except OSError:
+            pass
+    raise OSError
+
 
 tries = {{
     "signal another process": lambda: os.kill(os.getppid(), 0),
     "start a process": fork,
     "open a socket": socket.socket,
     "write a file": lambda: os.close(os.open({written!r}, os.O_WRONLY | os.O_CREAT)),
-    "read the checks": lambda: open({secret!r}).close(),
+    "change a file's mode": lambda: os.chmod({known!r}, 0o600),
+    "change a file's attributes": attributes,
+    "use new system calls": new_calls,
+    "outlive the grader": outlive,
+    "read the checks": read_checks,
 }}
 value = ""
 for name, attempt in tries.items():
@@ -102,6 +129,11 @@ for name, attempt in tries.items():
     except OSError:
         pass
 """
+FILTERED = {  # what nothing but libseccomp stops
+    "signal another process", "start a process", "open a socket", "change a file's mode", "change a file's attributes",
+    "use new system calls", "outlive the grader",
+}  # fmt: skip
+NEEDS_WARMER = re.compile(r"optim|torch\.func|vmap|compile|checkpoint")  # else imported in the exercise's own time
 START = 300.0  # seconds until a sandbox has imported torch, on a machine that is busy
 GRACE = 60.0  # seconds, beyond the limits, after which a sandbox that says nothing is given up
 
@@ -114,121 +146,28 @@ class Broken(RuntimeError):
     """No sandbox can be started, or no case can be sent: no submission's fault, so the run stops."""
 
 
-class Limits(NamedTuple):
-    """Of one exercise."""
+@dataclass(frozen=True)
+class Limits:
+    """Of one exercise, and of a submission. ValueError if one of them leaves nothing."""
 
     seconds: int = 10  # of CPU
     wall: float | int = 30.0  # seconds
+    total: float | int = 120.0  # seconds of wall time for all exercises of a submission together
     memory: int = 1 << 30  # bytes, beyond what python and torch take
     output: int = 8 << 20  # bytes of its result
+    files: int = 64 << 20  # bytes of its temporary files
     processes: int = 8  # threads included, where the system counts them
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not value >= 1:
+                raise ValueError(f"a limit of {name}={value:g} lets nobody pass; expected 1 or more.")
 
 
 class Said(NamedTuple):
     index: int  # of the exercise
-    status: str  # "ok", "time", "output" or "died N"
+    status: str  # "ok", "time", "budget", "output", "files" or "died N"
     body: bytes  # if ok
-
-
-def isolation(choice: str = "auto", secrets: Sequence[Path] = ()) -> tuple[str, str]:
-    """("bubblewrap" or "subprocess", a warning or ""). ValueError if what was chosen does not work here."""
-    if choice not in ("auto", "bubblewrap", "subprocess"):
-        raise ValueError(f"unknown isolation {choice!r}. There are: auto, bubblewrap, subprocess.")
-    problem = "without bubblewrap, as asked for" if choice == "subprocess" else _no_bubblewrap(secrets)
-    if not problem:
-        return "bubblewrap", "" if seccomp() else "libseccomp is not installed: a sandbox for each submission."
-    if choice == "bubblewrap":
-        raise ValueError(f"{problem}.")
-    if not seccomp() and hasattr(os, "getuid") and os.getuid() == 0:
-        raise ValueError(
-            f"{problem}, nor libseccomp, and this is root, whose processes nothing else limits. "
-            "Install bubblewrap (best), or grade as an ordinary user."
-        )
-    left = {
-        (True, True): "Landlock and libseccomp keep submissions from all files, processes and the network instead",
-        (True, False): "submissions can start processes and use the network",
-        (False, True): "submissions can read every file that you can, answers included",
-        (False, False): "submissions can read and change every file that you can, answers included, start processes "
-        "and use the network",
-    }
-    return "subprocess", f"{problem}: {left[landlock() > 0, seccomp() is not None]}."
-
-
-def _no_bubblewrap(secrets: Sequence[Path]) -> str:
-    """Why bubblewrap cannot be used here, or ""."""
-    if not shutil.which("bwrap"):
-        return "bubblewrap (bwrap) is not installed"
-    command = [*bubblewrap(PACKAGE / "course", secrets), sys.executable, "-I", "-c", "pass"]
-    tried = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment())
-    return (tried.returncode and f"bubblewrap does not work here ({tried.stderr.strip() or tried.returncode})") or ""
-
-
-def environment() -> dict[str, str]:
-    fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
-    fixed |= {"HOME": "/tmp", "TMPDIR": "/tmp", "MPLCONFIGDIR": "/tmp", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
-    # the same kernels as here, whatever it can find out about the processor: the last bits of a float32 depend on them
-    fixed |= {"ATEN_CPU_CAPABILITY": torch.backends.cpu.get_cpu_capability().lower()}
-    return fixed | {"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def libraries() -> list[Path]:
-    """Where Python and installed packages lie; never a folder that only happens to be on sys.path."""
-    folders = {Path(path) for path in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
-    folders |= {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    folders |= {Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
-    folders |= {path.resolve() for path in folders} | {Path(sys.executable).resolve().parent}
-    return sorted((path for path in folders if path.exists()), key=lambda path: (len(path.parts), path))
-
-
-def readable(course: Path, kind: str, secrets: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """What a submission may read under Landlock: the system, Python, the package; of the course the empty one.
-
-    Landlock can allow a folder, but not forbid a part of it. Of one that holds a secret, the other parts are allowed;
-    "listed" are the folders around a secret, where names may be seen: Python lists a folder to import from it.
-    """
-    places = [Path(path) for path in (*SYSTEM, *DEVICES)] + libraries() + [PACKAGE]
-    closed = {path.resolve() for path in (PACKAGE / "course", *secrets)}
-    if kind == "bubblewrap":  # there, they have other contents already
-        closed = set()
-    whole, listed = [PACKAGE / "course" if kind == "bubblewrap" else course.parent], []
-
-    def add(place: Path) -> None:
-        if any(place in path.parents for path in closed):
-            listed.append(place)
-            for entry in place.iterdir():
-                if not entry.is_symlink():  # it is allowed if what it leads to is
-                    add(entry)
-        elif place not in closed:
-            whole.append(place)
-
-    for place in {path.resolve(): path for path in places if path.exists()}:
-        add(place)
-    return {"readable": [str(path) for path in whole], "listed": [str(path) for path in listed]}
-
-
-def bubblewrap(course: Path, secrets: Sequence[Path] = ()) -> list[str]:
-    """The bwrap command: system and Python read-only, `course` over the package's own, nothing else of this machine."""
-    visible = [Path(path) for path in SYSTEM] + libraries() + [PACKAGE]
-    options = subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
-    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
-    command += ["--as-pid-1"]  # bwrap's own reaper would hold our pipes, open to whoever finds them in /proc
-    if "--disable-userns" in options:
-        command += ["--unshare-user", "--disable-userns"]
-    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    command += [*(["--size", str(64 << 20)] if "--size" in options else []), "--tmpfs", "/tmp"]
-    for path in visible:
-        if path.is_symlink() and len(path.parts) == 2:  # /lib -> usr/lib
-            command += ["--symlink", os.readlink(path), str(path)]
-        elif path.exists():
-            command += ["--ro-bind", str(path), str(path)]
-    for path in (path.resolve() for path in secrets):  # those that a folder above would show
-        if path.exists() and any(folder in path.parents for folder in visible):
-            blank = ["--tmpfs", str(path), "--remount-ro", str(path)]
-            command += blank if path.is_dir() else ["--ro-bind", os.devnull, str(path)]
-    command += ["--ro-bind", str(course), str(PACKAGE / "course")]
-    for name, value in environment().items():
-        command += ["--setenv", name, value]
-    return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
 
 
 class Sandbox:
@@ -236,9 +175,9 @@ class Sandbox:
 
     def __init__(self, kind: str, secrets: Sequence[Path] = (), inner: bool = True):
         """`inner`: whether the inner wall may use libseccomp and Landlock; tests go without, to see the outer one."""
-        self.kind, self.secrets, self.process, self.seconds = kind, list(secrets), None, 0.0
+        self.kind, self.secrets, self.process, self.seconds = kind, [*secrets, *copies()], None, 0.0
         self.inner = inner
-        self.scratch = tempfile.TemporaryDirectory(prefix="minialign-")
+        self.scratch = tempfile.TemporaryDirectory(prefix="minialign-", ignore_cleanup_errors=True)
 
     def run(self, request: dict) -> Iterator[Said]:
         """What each item's process says, in order. Raises Lost if the sandbox dies first."""
@@ -252,11 +191,15 @@ class Sandbox:
             self.close()
 
     def _exchange(self, request: dict) -> Iterator[Said]:
-        walls = {"readable": None}
+        walls = {"readable": None, "listed": None, "writable": None}
         if self.inner and landlock():
-            walls = readable(self._course(), self.kind, self.secrets)
+            walls |= readable(self._course(), self.kind, self.secrets)
+        if walls["readable"] is not None or self.kind == "bubblewrap" or not self.reusable:
+            walls["writable"] = self.folder  # something keeps it there, or nothing at all
         body = json.dumps(request | {"limits": request["limits"] | walls}).encode()
-        self._write(b"!" + struct.pack("<Q", len(body)) + body)
+        own = {source for _, source in request["own"]} - {source for _, source in request["given"]}
+        first = WARMER if NEEDS_WARMER.search("\n".join(own)) else PLAIN
+        self._write(first + struct.pack("<Q", len(body)) + body)
         patience = request["limits"]["wall"] + GRACE
         for index in range(len(request["items"])):
             header, body = self._frame(patience, request["limits"]["output"])
@@ -270,15 +213,17 @@ class Sandbox:
     def _start(self) -> None:
         began = time.monotonic()
         course = self._course()
+        self.folder = FILES if self.kind == "bubblewrap" else tempfile.mkdtemp(prefix="files-", dir=self.scratch.name)
         requests, self.requests = os.pipe()
         self.results, results = os.pipe()
         worker = [sys.executable, "-I", "-X", "utf8", "-c", _bootstrap(course.parent, self.kind), str(results)]
-        worker += ["inner"] if self.inner else []
+        worker += [self.folder, *(["inner"] if self.inner else [])]
         command = [*bubblewrap(course, self.secrets), *worker] if self.kind == "bubblewrap" else worker
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
                 command, stdin=requests, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=[results],
-                start_new_session=True, env=environment(), cwd="/",
+                start_new_session=True, env=environment(self.folder),
+                cwd=self.scratch.name if self.kind == "bubblewrap" else self.folder,
             )  # fmt: skip
             os.close(requests)
             os.close(results)
@@ -292,18 +237,21 @@ class Sandbox:
 
     def _prove(self) -> None:
         """Raises Broken unless the walls that should stand here do."""
-        probe = PROBE.format(written=str(Path(self.scratch.name) / "written"), secret=str(PACKAGE / "course/check.py"))
+        known, alone = Path(self.scratch.name) / "known", self.kind == "bubblewrap"
+        known.touch()
+        hidden = [str(path / "check.py") for path in (PACKAGE / "course", *copies())]
+        written = PACKAGE / "course/written" if alone else known.with_name("written")  # there, that is our copy
+        probe = PROBE.format(written=str(written), known=str(known), secrets=hidden)
         item = {"expression": "value", "targets": [0], "position": 0, "cases": [], "grad_wrt": []}
         request = {"given": [], "own": [["probe-answer", probe]], "items": [item], "functions": [], "lent": []}
-        [said] = self._exchange(request | {"names": {}, "limits": Limits()._asdict()})
+        [said] = self._exchange(request | {"names": {}, "solved": {}, "limits": asdict(Limits())})
         try:
             done = json.loads(said.body.partition(b"\n")[2])[0]["value"].split(", ")[:-1]
         except (ValueError, LookupError, TypeError, AttributeError):
             raise Broken(f"the sandbox's self-test says {said.status}: {said.body[:300]!r}") from None
-        alone = self.kind == "bubblewrap"  # its processes, network and files are its own, and then may be used
-        expected = [] if self.reusable else ["signal another process", "start a process", "open a socket"]
-        expected += [] if self.reusable or (self.inner and landlock()) or alone else ["write a file"]
-        expected += [] if alone or (self.inner and landlock()) else ["read the checks"]
+        expected = set() if self.reusable else FILTERED  # in bubblewrap, processes and network are its own
+        expected |= {"write a file"} if not (self.reusable or alone or (self.inner and landlock())) else set()
+        expected |= {"read the checks"} if not (alone or (self.inner and landlock())) else set()
         if failed := [name for name in done if name not in expected]:
             self.close()
             raise Broken(f"the sandbox is not shut: in it one can {', '.join(failed)}.")
@@ -374,16 +322,16 @@ def _bootstrap(folder: Path, kind: str) -> str:
     """Runs worker.main; in a subprocess, the copy of the package comes before the one that is installed."""
     installed = [str(path) for path in libraries() if path.name in ("site-packages", "dist-packages")]
     paths = [str(PACKAGE.parent if kind == "bubblewrap" else folder.parent), *installed]
+    parent = os.getpid() if kind == "subprocess" else 0  # bubblewrap sees to that itself
     return (
         f"import sys; sys.path[:] = {paths[:1]} + [*sys.path, *(p for p in {paths[1:]} if p not in sys.path)]; "
-        "from minialign.course.grader import worker; worker.main(int(sys.argv[1]), 'inner' in sys.argv)"
+        f"from minialign.course.grader import locks; {parent} and locks.end_with_parent({parent}); "
+        "from minialign.course.grader import worker; worker.main(int(sys.argv[1]), sys.argv[2], 'inner' in sys.argv)"
     )
 
 
 def _end_session(session: int) -> None:
     """Kill the process group that the worker led, and what is left of its session."""
-    import signal
-
     for _ in range(3):
         try:
             os.killpg(session, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """What is asked, and what came: chapters as they were handed out, and submissions that may be anything at all.
 
     load_chapters(notebooks)        the exercises of each chapter, from the student's edition
+    collect(submissions)            the notebooks in a folder
     read_submission(path)           the code cells of a notebook, or the reason why there are none
     recognise, targets              which chapter it answers; which of its cells answer an exercise
 
@@ -13,21 +14,25 @@ import json
 import os
 import re
 import stat
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minialign.course import build
 from minialign.course.check import Exercise, Quiz, find
 from minialign.course.grader.needed import answers
-from minialign.course.grader.sandbox import PACKAGE
+from minialign.course.grader.walls import PACKAGE
 from minialign.course.grader.wire import Unreadable
 
-MAX_BYTES = 10 << 20  # of a notebook; the chapters, pictures included, are below 1.5 MB
+MAX_BYTES = 64 << 20  # of a notebook; the chapters, pictures included, are below 1.5 MB, but a student may plot much
+MAX_OPENED = 2_000_000  # brackets and braces of a notebook: each may be an object of 200 bytes
+NOTEBOOK = re.compile(r"\.ipynb(\.txt|\.json)?$", re.IGNORECASE)  # the latter two are what browsers make of it
 MAX_CELLS, MAX_CODE = 2_000, 400_000  # cells; characters of code, of which all submissions' are held in memory
 
 
@@ -65,7 +70,7 @@ class Chapter:
 
 def load_chapters(notebooks: Path) -> dict[str, Chapter]:
     """The chapters in a folder of students' editions, by number. ValueError if there is none, or one fits no check."""
-    chapters = {}
+    chapters, package = {}, _package(PACKAGE)
     for path in sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb")):
         given = tuple(_code_cells(json.loads(path.read_bytes())))
         items = []
@@ -74,7 +79,7 @@ def load_chapters(notebooks: Path) -> dict[str, Chapter]:
                 items.append(Item(find(name), cell, _checked(source), position))
         if items:
             number = path.name[:2]
-            chapters[number] = Chapter(number, path.stem, given, tuple(items), _fingerprint(number, given))
+            chapters[number] = Chapter(number, path.stem, given, tuple(items), _fingerprint(number, given, package))
     if not chapters:
         raise ValueError(f"{notebooks} holds no student's edition (NN_name.ipynb with checks). Name it with --source.")
     return chapters
@@ -88,14 +93,21 @@ def _checked(source: str) -> str:
     raise ValueError(f"no check in {source!r}")
 
 
-def _fingerprint(number: str, given: Sequence) -> str:
-    import minialign
-
-    texts = [minialign.__version__, torch.__version__, json.dumps(given)]
-    own = (f"course/chapters/*_{number}.py", "course/check.py", "course/observe.py")
-    for path in (path for part in (*own, "course/grader/*.py", "kernels/*.py") for path in sorted(PACKAGE.glob(part))):
+def _fingerprint(number: str, given: Sequence, package: str) -> str:
+    texts = [sys.version, torch.__version__, np.__version__, json.dumps(given), package]
+    for path in sorted((PACKAGE / "course/chapters").glob(f"*_{number}.py")):
         texts.append(path.read_text(encoding="utf-8"))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _package(folder: Path) -> str:
+    """A hash of all that the package holds, weights included, the chapters' own modules aside: solutions use it all."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and "__pycache__" not in name and not name.startswith("course/chapters/"):
+            digest.update(f"\0{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------- what came
@@ -127,6 +139,34 @@ def read_submission(path: Path, name: str | None = None) -> Submission:
     return Submission(name, cells, sha256(raw))
 
 
+def collect(submissions: Path) -> tuple[dict[str, Path], list[str], list[Submission]]:
+    """({name: path of a notebook}, other files' names, folders that cannot be read), sorted; no links to folders."""
+    if not submissions.exists() and not submissions.is_symlink():
+        raise FileNotFoundError(f"no such file or folder: {submissions}")
+    if not submissions.is_dir():
+        return {submissions.name: submissions.resolve()}, [], []
+    paths, ignored, unread = {}, [], []
+
+    def closed(error: OSError) -> None:
+        name = Path(error.filename).relative_to(submissions).as_posix()
+        unread.append(Submission(name, digest="", problem=f"a folder that cannot be read: {error.strerror}"))
+
+    for folder, folders, files in os.walk(submissions, onerror=closed):
+        folders[:] = [name for name in folders if name != ".ipynb_checkpoints"]
+        odd = [name for name in folders if NOTEBOOK.search(name) or (Path(folder) / name).is_symlink()]
+        folders[:] = [name for name in folders if name not in odd]
+        for name in files + odd:  # a folder may call itself a notebook, and is told that it is none
+            path = Path(folder) / name
+            shown = path.relative_to(submissions).as_posix()
+            if NOTEBOOK.search(name) and not name.startswith("."):  # ._one.ipynb is what a Mac adds to an archive
+                paths[shown] = path
+            else:
+                ignored.append(shown)
+    if not (paths or unread):
+        raise ValueError(f"{submissions} holds no notebooks (*.ipynb).")
+    return dict(sorted(paths.items())), sorted(ignored), unread
+
+
 def sha256(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
@@ -151,6 +191,8 @@ def _read_file(path: Path) -> bytes:
 
 
 def _json(raw: bytes) -> Any:
+    if raw.count(b"[") + raw.count(b"{") > MAX_OPENED:
+        raise Unreadable("not a notebook: too many values")
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:

@@ -26,6 +26,7 @@ import select
 import signal
 import struct
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable, Mapping
@@ -33,12 +34,15 @@ from collections.abc import Callable, Mapping
 import torch
 
 from minialign.course import observe as observing
-from minialign.course.grader.locks import lock, seccomp
+from minialign.course.grader.locks import PDEATHSIG, end_with_parent, lock, seccomp
 from minialign.course.grader.needed import needed
+from minialign.course.grader.scratch import empty, overfull
 from minialign.course.grader.wire import plain, unpack
 from minialign.course.observe import Outcome, observe
 
-DUMPABLE, PDEATHSIG, SUBREAPER = 4, 1, 36  # prctl
+DUMPABLE, SUBREAPER = 4, 36  # prctl
+PLAIN, WARMER = b"!", b"+"  # what announces a submission; the latter, that it will want what torch imports late
+POLL = 0.05  # seconds between two looks at a child
 FRAME = struct.Struct("<II")  # lengths of a header, JSON, and of what follows it, bytes from the student's process
 
 
@@ -65,7 +69,10 @@ def work(request: Mapping, item: Mapping, say: Callable) -> list[dict]:
     lent = [cell for cell, _, _ in request["lent"]]
     statements, unread, failed = [], None, None
     try:
-        statements = needed(request["given"], request["own"], item["targets"], item["position"], request["names"], lent)
+        statements = needed(
+            request["given"], request["own"], item["targets"], item["position"], request["names"], lent,
+            request["solved"],
+        )  # fmt: skip
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         unread = error
     uses = sorted({name for s in statements for name in s.imports.split()})[:20]
@@ -138,7 +145,7 @@ def _read(file: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def serve(source: int, results: int, library: ctypes.CDLL | None) -> None:
+def serve(source: int, results: int, folder: str, library: ctypes.CDLL | None) -> None:
     """One submission: read it, run each exercise in a child of its own, pass on what the children say."""
     request = json.loads(_read(source, struct.unpack("<Q", _read(source, 8))[0]))
     os.close(source)
@@ -146,29 +153,37 @@ def serve(source: int, results: int, library: ctypes.CDLL | None) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nothing, number)
-    limits = request["limits"]
+    limits, own = request["limits"], os.getpid()
+    end = time.monotonic() + limits["total"]
     for index, item in enumerate(request["items"]):
+        if time.monotonic() > end:
+            send(results, {"index": index, "status": "budget"})
+            continue
         ours, theirs = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(results)
             os.close(ours)
-            _child(request, item, theirs, limits, library)
+            _child(request, item, theirs, limits, library, own)
         os.close(theirs)
-        status, body = _listen(ours, child, limits)
+        status, body = _listen(ours, child, limits, folder, end)
         os.close(ours)
         if not library:
             _end_orphans()
+        empty(folder)  # or this server ends, and with it the sandbox
         send(results, {"index": index, "status": status}, body)
 
 
-def _child(request: Mapping, item: Mapping, pipe: int, limits: Mapping, library: ctypes.CDLL | None) -> None:
+def _child(
+    request: Mapping, item: Mapping, pipe: int, limits: Mapping, library: ctypes.CDLL | None, parent: int
+) -> None:
     code = 1
     try:
         sys.stdin, sys.stdout, sys.stderr = io.StringIO(), Sink(), Sink()
         if not library:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.setsid()
-        lock(limits, library)
+        lock(limits, library, parent)
         _write(pipe, json.dumps(work(request, item, lambda stated: _say(pipe, stated))).encode())
         code = 0
     finally:
@@ -179,13 +194,16 @@ def _say(pipe: int, stated: dict) -> None:
     _write(pipe, json.dumps(stated).encode() + b"\n")
 
 
-def _listen(pipe: int, child: int, limits: Mapping) -> tuple[str, bytes]:
-    """(how the child ended, what it said). It is dead when this returns."""
-    said, status, ended, deadline = bytearray(), "", None, time.monotonic() + limits["wall"]
+def _listen(pipe: int, child: int, limits: Mapping, folder: str, end: float) -> tuple[str, bytes]:
+    """(how the child ended, what it said). It is dead when this returns. `end`: when the submission's time is up."""
+    said, status, ended, looked = bytearray(), "", None, time.monotonic()
+    deadline = looked + limits["wall"]
     while not status:
-        if time.monotonic() > deadline:
-            status = "time"
-        elif select.select([pipe], [], [], 0.05 if ended is None else 0)[0]:
+        if (now := time.monotonic()) > min(deadline, end):
+            status = "time" if now > deadline else "budget"
+        elif now > looked + POLL and overfull(folder, limits["files"]):
+            status = "files"
+        elif select.select([pipe], [], [], POLL if ended is None else 0)[0]:
             part = os.read(pipe, 1 << 16)
             said += part
             if len(said) > limits["output"]:
@@ -196,6 +214,7 @@ def _listen(pipe: int, child: int, limits: Mapping) -> tuple[str, bytes]:
             break
         else:
             ended = _wait(child, os.WNOHANG)
+        looked = now if now > looked + POLL else looked
     for _ in range(0 if status or ended else 200):  # the pipe is closed; the process should end by itself
         ended = _wait(child, os.WNOHANG)
         if ended:
@@ -208,8 +227,15 @@ def _listen(pipe: int, child: int, limits: Mapping) -> tuple[str, bytes]:
     stated, _, results = bytes(said[: limits["output"]]).partition(b"\n")
     if not status and code == 0 and (results or not stated.startswith(b"{")):
         return "ok", bytes(said)
-    overran = code < 0 and seconds > limits["seconds"] - 0.5
-    return status or ("time" if overran else f"died {code}"), stated[:4000]
+    return status or ("time" if _overran(code, seconds, limits["seconds"]) else f"died {code}"), stated[:4000]
+
+
+def _overran(code: int, seconds: float, limit: int) -> bool:
+    """Whether the limit of CPU ended it: by its own signal, or by SIGKILL if it was deaf to that.
+
+    The kernel counts ticks for the limit and exact times for the report; on a busy machine they are far apart.
+    """
+    return code == -signal.SIGXCPU or (code == -signal.SIGKILL and seconds > 0.5 * limit)
 
 
 def _wait(child: int, options: int) -> tuple[int, float] | None:
@@ -231,29 +257,47 @@ def _end_orphans() -> None:
             return
 
 
-def main(results: int, inner: bool) -> None:
+def as_written(model: Callable | None = None, **options) -> Callable:
+    """In place of torch.compile, which takes seconds, and another process: a compiler."""
+    return as_written if model is None else model
+
+
+def _ends(*_) -> None:
+    """The zygote has ended. Where nothing but its server can end what a child left behind, it does so first."""
+    _end_orphans()
+    os._exit(0)
+
+
+def main(results: int, folder: str, inner: bool) -> None:
     """The zygote: warm up, then one server for each byte that comes on standard input."""
     library = seccomp() if inner else None
     os.set_inheritable(results, False)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(DUMPABLE, 0, 0, 0, 0)  # no child may trace it or read its memory; they inherit this
-        libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     importlib.import_module("minialign.kernels")
     torch.set_num_threads(1)
     observe(lambda x: (x @ x).exp().sum(), {"x": torch.rand(3, 3)}, ["x"])  # what torch sets up at first use
     observing.open = lambda *_: Sink()  # the system's null device would be a file opened for writing
+    torch.compile = as_written
+    tempfile.gettempdir()  # it tries what it finds, which a child may not be allowed to
     gc.collect()
     gc.freeze()
+    own = os.getpid()
     send(results, {"ready": True, "seccomp": bool(library)})
-    while os.read(0, 1):
+    while first := os.read(0, 1):
+        if first == WARMER:
+            importlib.import_module("torch._dynamo")  # torch.optim, torch.func and others import it at first use
         server = os.fork()
         if server == 0:
             try:
+                end_with_parent(own)
+                if sys.platform == "linux" and not library:
+                    signal.signal(signal.SIGTERM, _ends)
+                    libc.prctl(PDEATHSIG, signal.SIGTERM, 0, 0, 0)
                 if sys.platform == "linux":
                     libc.prctl(SUBREAPER, 1, 0, 0, 0)
-                    libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-                serve(0, results, library)
+                serve(0, results, folder, library)
             finally:
                 os._exit(0)
         os.waitpid(server, 0)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ import torch
 from minialign import cli
 from minialign.course import Exercise, Quiz
 from minialign.course.check import difference, registered
-from minialign.course.grader import grade, gradebook, locks, sandbox, submission, wire
+from minialign.course.grader import grade, gradebook, locks, sandbox, submission, walls, wire
 from minialign.course.grader.needed import needed
-from minialign.course.grader.sandbox import PACKAGE, Limits
+from minialign.course.grader.sandbox import Limits
+from minialign.course.grader.walls import PACKAGE
 from minialign.course.observe import observe
 
 ROOT = Path(__file__).parents[3]
@@ -36,6 +38,7 @@ SECRET = "the-answer-is-4217"  # stands in every file that a submission must not
 RIGHT = "def double(x, scale):\n    return scale(x) + x"
 SECOND = "def slope(weights):\n    return weights.square().sum()"
 THIRD = 'q1 = "b"'
+BUILDS_ON = "def slope(weights):\n    return double(weights, lambda w: w.square() - w).sum()"
 
 # ---------------------------------------------------------------------------------- a chapter, as handed out
 
@@ -363,6 +366,45 @@ ATTACKS = {
         "stopped", "could not be read",
     ),
     "patches its own end": ("import os\nos._exit = lambda code: None\n" + BODY + "    return 0", ANY, ""),
+    "changes what is said of files": (  # by name, by descriptor, by calls that are newer than libseccomp
+        "import ctypes, os\npath = b'SCRATCH/class/z right.ipynb'\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "args = (ctypes.c_uint64 * 4)(ctypes.addressof(ctypes.create_string_buffer(b'1')), 1)\n"
+        "done = [call for call in (\n"
+        "    lambda: libc.chmod(path, 0o666), lambda: libc.fchmodat(-100, path, 0o666, 0),\n"
+        "    lambda: libc.syscall(452, -100, path, 0o666, 0), lambda: libc.chown(path, 1, 1),\n"
+        "    lambda: libc.setxattr(path, b'user.a', b'1', 1, 0), lambda: libc.utimes(path, None),\n"
+        "    lambda: libc.syscall(463, -100, path, 0, b'user.a', args, ctypes.c_size_t(16)),\n"
+        "    lambda: libc.syscall(469, -100, path, args, ctypes.c_size_t(24), 0)) if call() == 0]\n"
+        "if not done: raise OSError(ctypes.get_errno(), 'nothing can be changed')\n" + BODY + "    return 0",
+        "wrong", DENIED,
+    ),
+    "leaves word on a file that it may read": (  # attributes, hints for the disk, locks: others would see them
+        "import fcntl, torch\ndone, file = 0, open(torch.__file__)\n"
+        "for call in (lambda: fcntl.ioctl(file, 0x40086602, bytes(8)), lambda: fcntl.fcntl(file, 1036, bytes(8)),\n"
+        "             lambda: fcntl.lockf(file, fcntl.LOCK_SH), lambda: fcntl.fcntl(file, fcntl.F_SETLEASE, 0)):\n"
+        "    try: done += call() != 'no'\n    except OSError as error: last = error\n"
+        "if not done: raise last\n" + BODY + "    return 0",
+        "wrong", "Errno 1]",
+    ),
+    "would outlive the grader": (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "if libc.prctl(1, 0, 0, 0, 0): raise OSError(ctypes.get_errno(), 'prctl')\n" + BODY + "    return 0",
+        "wrong", DENIED,
+    ),
+    "makes files for ever": (
+        "import time\nfor k in range(3000): open(str(k), 'w').close()\ntime.sleep(9)", "stopped", "temporary files",
+    ),
+    "leaves a folder that is hard to remove": (
+        "import os\nos.umask(0)\nfor _ in range(950):\n    os.mkdir('d' * 99)\n    os.chdir('d' * 99)\n"
+        "os.mkdir('closed', 0)\n" + BODY + "    return 0",
+        ANY, "",
+    ),
+    "writes outside its folder": (
+        "import os\nfor path in ('/tmp/a', '/var/tmp/a', '/dev/shm/a', '../a', os.__file__ + 'a', 'SCRATCH/a'):\n"
+        "    try: open(path, 'w')\n    except OSError as error: last = error\n    else: break\nelse: raise last\n"
+        + BODY + "    return 0",
+        "wrong", DENIED,
+    ),
     "is no Python": ("def NAME(:", "wrong", "SyntaxError"),
     "breaks the parser": ("x = " + "(" * 90_000, "wrong", ""),
     "breaks the parser's stack": ("x = " + "-" * 90_000 + "1", ANY, ""),
@@ -379,7 +421,22 @@ HARMLESS = {
     "    threading.Thread(target=time.sleep, args=(99,)).start()\n" + RIGHT,
     "fails after its function": RIGHT + "\nraise ValueError('a plot, say')",
     "calls itself by another name": "mine = lambda x, scale: scale(x) + x\ndouble = mine",
+    "asks, calls the shell and waits": "len?\n!ls\nfiles = !ls\nimport asyncio\nawait asyncio.sleep(0)\n" + RIGHT,
+    "uses torch.func": "import torch\ndef double(x, scale):\n    return torch.func.vmap(lambda row: row)(scale(x) + x)",
+    "compiles itself": "import torch\n@torch.compile\n" + RIGHT,
+    "uses a temporary file": "import tempfile, torch\ndef double(x, scale):\n"
+    "    with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory() as folder:\n"
+    "        torch.save(x, file)\n        torch.save(x, f'{folder}/x.pt')\n        file.seek(0)\n"
+    "        return scale(torch.load(file)) + torch.load(f'{folder}/x.pt')",
+    "uses an optimizer": """import torch
+def double(x, scale):
+    y = torch.zeros_like(x).requires_grad_()
+    optimizer = torch.optim.SGD([y], lr=1.0)
+    (y * (scale(x) + x)).sum().backward()
+    optimizer.step()
+    return -y.detach()""",
 }
+OPTIMIZER = HARMLESS["uses an optimizer"]
 
 
 OTHERS = {
@@ -399,6 +456,13 @@ def notebooks_of_all_kinds():
         cell["metadata"] = {}
     moved = handed_in(double=STUBS["double"])
     moved["cells"].insert(5, code(RIGHT))  # solved in a cell of one's own
+    before = handed_in(double=STUBS["double"], slope=BUILDS_ON)
+    before["cells"].insert(5, code(RIGHT))  # and needed later
+    handed_on = handed_in(double="open('note', 'w').write('2')\n" + RIGHT, slope="open('note')\n" + SECOND)
+    tolerant = handed_in(double="def double(x, scale):\n    return helper(x, scale)")
+    tolerant["cells"].insert(
+        1, code("len?\n%time y = 1\n!pip list\ndef helper(x, scale):\n    return scale(x) + x\nawait y")
+    )
     helper = handed_in(double="def double(x, scale):\n    return helper(x, scale)")
     helper["cells"].insert(1, code("import math as m\nDELTA = m.cos(0)"))
     helper["cells"].insert(2, code("def helper(x, scale):\n    return scale(x) + DELTA * x"))
@@ -421,6 +485,9 @@ def notebooks_of_all_kinds():
     return {
         "metadata stripped": (dump(stripped), 6, ""),
         "solved in another cell": (dump(moved), 6, ""),
+        "an earlier one solved in another cell": (dump(before), 6, ""),
+        "a file for the next exercise": (dump(handed_on), 4, ""),
+        "magics beside a helper": (dump(tolerant), 6, ""),
         "helpers of one's own": (dump(helper), 6, ""),
         "edited check": (dump(edited), 3, ""),
         "solution cell deleted": (dump(cut), 3, "missing: 99/double"),
@@ -503,6 +570,7 @@ def graded(request, tmp_path_factory):
         path = scratch / "class" / f"{name}.ipynb"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
+        path.chmod(0o600)
     with open(scratch / "class/200 MB.ipynb", "wb") as file:
         file.truncate(200_000_000)
     (scratch / "class/link.ipynb").symlink_to(scratch / "solutions/99.ipynb")
@@ -562,7 +630,8 @@ def test_what_is_no_file_is_not_read(graded, name, remark):
 def test_the_others_keep_their_grades_and_their_files(graded):
     assert [graded.rows[f"{place} right"]["points"] for place in "amz"] == ["6"] * 3
     for name, content in graded.files.items():
-        assert (graded.scratch / "class" / f"{name}.ipynb").read_bytes() == content
+        path = graded.scratch / "class" / f"{name}.ipynb"
+        assert path.read_bytes() == content and path.stat().st_mode & 0o777 == 0o600 and not os.listxattr(path)
     assert (graded.scratch / "solutions/99.ipynb").read_text() == SECRET
     assert not (graded.scratch / "unpickled").exists()
     with pytest.raises(BlockingIOError):  # nobody has called
@@ -615,21 +684,28 @@ def test_the_sandbox_computes_as_this_process_does(graded):
 
 
 def test_a_grade_depends_on_every_file_that_it_comes_from(tmp_path, monkeypatch):
-    """So that a resumed run grades again what another version of the course has graded."""
-    for folder in ("course", "kernels"):
-        shutil.copytree(PACKAGE / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    """So that a resumed run grades again what another version of the package has graded."""
+    parts = ("course", "kernels", "methods", "worlds/weights/digits")
+    for part in parts:
+        shutil.copytree(PACKAGE / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(submission, "PACKAGE", tmp_path)
-    before = submission._fingerprint("10", ())
+
+    def now():
+        return submission._fingerprint("10", (), submission._package(tmp_path))
+
+    before, weights = now(), next((tmp_path / parts[-1]).glob("*")).relative_to(tmp_path)
     for name in (
         "course/check.py", "course/observe.py", "course/chapters/chapter_10.py", "course/chapters/questions_10.py",
-        "course/grader/grade.py", "course/grader/needed.py", "kernels/language.py",
+        "course/grader/grade.py", "course/grader/needed.py", "kernels/language.py", "methods/ddpo.py", weights,
     ):  # fmt: skip
-        text = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(text + "#")
-        assert submission._fingerprint("10", ()) != before, name
-        (tmp_path / name).write_text(text)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content + b"#")
+        assert now() != before, name
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "course/chapters/chapter_11.py").write_text("")
-    assert submission._fingerprint("10", ()) == before
+    (tmp_path / "course/__pycache__").mkdir()
+    (tmp_path / "course/__pycache__/check.pyc").write_text("")
+    assert now() == before
 
 
 def test_a_sandbox_with_a_hole_is_not_used(tmp_path, monkeypatch):
@@ -652,10 +728,15 @@ def test_a_sandbox_with_a_hole_is_not_used(tmp_path, monkeypatch):
 
     start = "(start a process, )?" if os.getuid() else "start a process, "  # root's processes are not counted
     for holes, found in {
-        ('refuse_files(limits["readable"], limits["listed"])', 'rule("clone", (0, MASKED_EQ, CLONE_THREAD, 0))'): (
-            f"{start}read the checks"
+        (
+            'refuse_files(limits["readable"], limits["listed"], limits["writable"])',
+            'rule("clone", (0, MASKED_EQ, CLONE_THREAD, 0))',
+        ): f"{start}write a file, read the checks",
+        ('refuse_system_calls(library, writes=limits["writable"] is not None)\n',): (
+            f"signal another process, {start}open a socket, change a file's mode, change a file's attributes, "
+            "use new system calls, outlive the grader"
         ),
-        ("refuse_system_calls(library)\n",): f"signal another process, {start}open a socket",
+        ("_refuse_by_number(library)\n",): "change a file's attributes, use new system calls",
     }.items():
         monkeypatch.setattr(sandbox.Sandbox, "_course", holed(holes))
         box = sandbox.Sandbox("subprocess")
@@ -665,19 +746,24 @@ def test_a_sandbox_with_a_hole_is_not_used(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["bubblewrap", "subprocess"])
 def test_a_secret_among_the_libraries_is_left_out(tmp_path, kind, monkeypatch):
-    """As the checks are when minialign is installed, and submissions if they lie in the folder of an environment."""
+    """As the checks are when minialign is installed, and submissions if they lie in the folder of an environment.
+
+    So are the checks of a second copy of the package, which nobody has named.
+    """
     if reason := working(kind):
         pytest.skip(reason)
     place = tmp_path.resolve() / "site-packages"
     (place / "class").mkdir(parents=True)
-    for name in ("class/one.ipynb", "library.py"):
+    (place / "minialign/course").mkdir(parents=True)
+    for name in ("class/one.ipynb", "library.py", "minialign/course/check.py", "minialign/kernels.py"):
         (place / name).write_text(SECRET)
     (place / "link").symlink_to(place / "class")
-    known = sandbox.libraries()
-    monkeypatch.setattr(sandbox, "libraries", lambda: [*known, place])
+    known = walls.libraries()
+    monkeypatch.setattr(walls, "libraries", lambda: [*known, place])
+    walls.copies.cache_clear()
     probe = f"""
 value = ""
-for name in ("library.py", "class/one.ipynb", "link/one.ipynb"):
+for name in ("library.py", "class/one.ipynb", "link/one.ipynb", "minialign/course/check.py", "minialign/kernels.py"):
     try:
         value += open("{place}/" + name).read()[:3] + " "
     except OSError as error:
@@ -686,9 +772,28 @@ for name in ("library.py", "class/one.ipynb", "link/one.ipynb"):
     box = sandbox.Sandbox(kind, [place / "class"])
     item = {"expression": "value", "targets": [0], "position": 0, "cases": [], "grad_wrt": []}
     request = {"given": [], "own": [["probe-answer", probe]], "items": [item], "functions": [], "lent": [], "names": {}}
-    [said] = box.run(request | {"limits": QUICK._asdict()})
+    [said] = box.run(request | {"solved": {}, "limits": asdict(QUICK)})
     box.close()
-    assert json.loads(said.body.partition(b"\n")[2])[0]["value"] == "the no no "
+    assert json.loads(said.body.partition(b"\n")[2])[0]["value"] == "the no no no the "
+    if kind == "subprocess":  # and were it not hidden, the sandbox would not be used
+        box = sandbox.Sandbox(kind)
+        box.secrets = []
+        with pytest.raises(sandbox.Broken, match="in it one can read the checks"):
+            list(box.run(request))
+    walls.copies.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["bubblewrap", "subprocess"])
+def test_an_optimizer_needs_no_file_where_none_may_be_written(tmp_path, kind, monkeypatch):
+    """A kernel without Landlock: bubblewrap has a file system of its own, a subprocess may write nothing at all."""
+    if reason := working(kind):
+        pytest.skip(reason)
+    for module in (sandbox, walls):
+        monkeypatch.setattr(module, "landlock", lambda: 0)
+    note = "def slope(weights):\n    open('note', 'w')\n    return weights.square().sum()"
+    one = graded_together(tmp_path, kind, one=handed_in(double=OPTIMIZER, slope=note))["one"]
+    assert one.verdicts["99/double"][0] == "passed", one.verdicts["99/double"][3]
+    assert one.verdicts["99/slope"][0] == ("passed" if kind == "bubblewrap" else "wrong")
 
 
 # ---------------------------------------------------------------------------------- real chapters
@@ -790,9 +895,6 @@ def graded_together(tmp_path, kind, **cells):
     return {g.submission.removesuffix(".ipynb"): g for g in grades}
 
 
-BUILDS_ON = "def slope(weights):\n    return double(weights, lambda w: w.square() - w).sum()"
-
-
 def test_what_builds_on_an_unsolved_exercise_is_not_lost_with_it(tmp_path, kind, warm):
     """As in the notebook, where the check hands on a working function either way."""
     bad = {"wrong": WRONG, "empty": EMPTY, "loops": "def NAME(*a, **k):\n    while True: pass", "exits": "exit(1)"}
@@ -842,7 +944,7 @@ def test_bubblewrap_alone_keeps_what_its_column_says(tmp_path, monkeypatch):
     (tmp_path / "notebooks/99_attack.ipynb").write_text(json.dumps(handed_in(**STUBS)))
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
-    files = {"a right": handed_in(double=f"{RIGHT}  # {SECRET}"), "z right": handed_in()}
+    files = {"a right": handed_in(double=f"{RIGHT}  # {SECRET}"), "z right": handed_in(double=OPTIMIZER)}
     for pair in zip(ALONE[::2], ALONE[1::2], strict=True):  # in the first exercise and in the second
         port = listener.getsockname()[1]
         cells = [fill(ATTACKS[name][0], f, tmp_path, port) for name, f in zip(pair, ("double", "slope"), strict=True)]
@@ -873,8 +975,8 @@ def test_a_plain_subprocess_keeps_time_and_ends_what_is_left_behind(tmp_path, mo
             for name, f in zip(pair, ("double", "slope"), strict=True)
         ]
         cells[pair[0]] = handed_in(*own)
-    monkeypatch.setattr(sandbox, "isolation", lambda *_: ("subprocess", ""))
-    grades = graded_together(tmp_path, "subprocess", right=handed_in(), **cells)
+    monkeypatch.setattr(walls, "isolation", lambda *_: ("subprocess", ""))
+    grades = graded_together(tmp_path, "subprocess", right=handed_in(double=OPTIMIZER), **cells)
     assert {name: one.points for name, one in grades.items()} == {
         "right": 6.0, "exits": 1.0, "becomes a daemon": 1.0, "takes all memory in torch": 3.0,
     }  # fmt: skip
@@ -897,7 +999,7 @@ grade.grade_all(Path(submissions), Path(out), Path({notebooks!r}), **options)
 
 def start(folder, out, kind, scratch, seed, limits=QUICK, jobs=None):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
-    script = SCRIPT.format(notebooks=str(ROOT / "notebooks"), jobs=jobs, **limits._asdict())
+    script = SCRIPT.format(notebooks=str(ROOT / "notebooks"), jobs=jobs, **asdict(limits))
     command = [sys.executable, "-c", script, str(folder), str(out), kind, seed]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)  # the package is imported from here
@@ -988,7 +1090,7 @@ def ends(tmp_path, text):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sandbox, "isolation", lambda *_: ("bubblewrap", ""))  # nothing is attempted, so nothing is run
+    monkeypatch.setattr(walls, "isolation", lambda *_: ("bubblewrap", ""))  # nothing is attempted, so nothing is run
     command = ["course", "grade", str(ROOT / "notebooks/00_tour.ipynb"), "--out", str(tmp_path / "grades.csv")]
     assert cli.main(command) == 0 and "00_tour: 1 submissions, points out of 12" in capsys.readouterr().out
     [row] = csv.DictReader((tmp_path / "grades.csv").read_text().splitlines())
@@ -1013,23 +1115,23 @@ def test_an_instructors_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="no chapter '98'"):
         grade.grade_all(tmp_path / "class", tmp_path / "grades.csv", tmp_path / "notebooks", chapter="98")
     with pytest.raises(ValueError, match="unknown isolation 'jail'"):
-        sandbox.isolation("jail")
+        walls.isolation("jail")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         grade.grade_all(tmp_path / "nothing", tmp_path / "grades.csv", tmp_path / "notebooks")
 
 
 def test_without_any_wall_root_is_refused_and_others_are_told(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    monkeypatch.setattr(sandbox, "seccomp", lambda: None)
-    monkeypatch.setattr(sandbox, "landlock", lambda: 0)
-    monkeypatch.setattr(sandbox.os, "getuid", lambda: 0)
+    monkeypatch.setattr(walls.shutil, "which", lambda name: None)
+    monkeypatch.setattr(walls, "seccomp", lambda: None)
+    monkeypatch.setattr(walls, "landlock", lambda: 0)
+    monkeypatch.setattr(walls.os, "getuid", lambda: 0)
     with pytest.raises(ValueError, match="Install bubblewrap"):
-        sandbox.isolation()
-    monkeypatch.setattr(sandbox.os, "getuid", lambda: 1000)
-    kind, warning = sandbox.isolation()
+        walls.isolation()
+    monkeypatch.setattr(walls.os, "getuid", lambda: 1000)
+    kind, warning = walls.isolation()
     assert kind == "subprocess" and "answers included" in warning and "use the network" in warning
     with pytest.raises(ValueError, match="is not installed"):
-        sandbox.isolation("bubblewrap")
+        walls.isolation("bubblewrap")
 
 
 def run_statements(given, own, targets, position):
@@ -1232,7 +1334,7 @@ def main(number, scratch):
     due = make_class(scratch / "class", number)
     attacks = {name.split(" ", 2)[2] for name in due if "hostile" in name}
     before = {path.name: path.read_bytes() for path in (scratch / "class").iterdir()}
-    kind = sandbox.isolation()[0]
+    kind = walls.isolation()[0]
     report = start(scratch / "class", scratch / "whole.csv", kind, scratch, "", Limits()).communicate()[0]
     seed = (scratch / "whole/results/seed.txt").read_text().strip()
     killed(scratch / "class", scratch, kind, number // 2, seed, Limits())
