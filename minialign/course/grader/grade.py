@@ -150,6 +150,7 @@ def grade_one(submission: Submission, chapter: Chapter, box: Sandbox, seed: str,
         else:
             drawn = _seed(seed, submission.digest, item.name)
             asked.append(Asked(item, cells, exercise.draw(drawn) if isinstance(exercise, Exercise) else []))
+    asked.sort(key=lambda entry: isinstance(entry.item.exercise, Exercise))  # questions first: they take no time
     attempt = _Attempt(submission, chapter, box, limits, found, solved)
     prepared = time.monotonic()
     attempt.run(asked)
@@ -293,20 +294,20 @@ def grade_all(
     the class: also a table that the platform takes, see `formats.py`.
     """
     submissions, out = Path(submissions), Path(out)
-    chapters = load_chapters(notebooks)
-    if chapter is not None and chapter not in chapters:
-        raise ValueError(f"no chapter {chapter!r} in {notebooks}. There are: {', '.join(chapters)}.")
     if (form is None) != (roster is None):
         raise ValueError("--format and --roster go together: which platform, and its export of the class.")
     students = formats.read_roster(roster, form) if form else []
     folder = out.with_suffix("")
     if folder == out:
         raise ValueError(f"--out {out} needs a suffix, as in grades.csv; the folder beside it is named after it.")
-    paths, ignored, unread = collect(submissions)
     if submissions.is_dir() and folder.resolve().is_relative_to(submissions.resolve()):
         raise ValueError(
             f"--out {out} puts {folder}/results among the submissions, where one may hand it in: choose another place."
         )
+    chapters = load_chapters(notebooks)
+    if chapter is not None and chapter not in chapters:
+        raise ValueError(f"no chapter {chapter!r} in {notebooks}. There are: {', '.join(chapters)}.")
+    paths, ignored, unread = collect(submissions)
     for part in ("results", "feedback"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     hidden = [Path(p) for p in (folder, submissions, notebooks, *hide)]

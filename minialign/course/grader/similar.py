@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from minialign.course.grader.submission import Chapter, Submission, targets
 
-SHORT, FEW = 100, 40  # characters, words: below, people agree without having met
+SHORT, FEW = 100, 30  # characters, words: below, people agree without having met
 RUN, ALIKE, MOST = 5, 0.9, 5000  # words of a run; share of equal runs; words that are looked at
 WORD = re.compile(r"\w+|[^\w\s]")
 NAMED = re.compile(r"\b([^\W\d]\w*)\s*=(?!=)|\bfor\s+([^\W\d]\w*)")

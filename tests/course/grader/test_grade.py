@@ -883,14 +883,14 @@ def test_arguments_arrive_as_they_were_sent(exercise):
     assert not difference(observe(lent, cases[0], exercise.grad_wrt), observe(exercise.reference, cases[0]))
 
 
-def graded_together(tmp_path, kind, **cells):
+def graded_together(tmp_path, kind, limits=QUICK, **cells):
     """{name: its grade} of notebooks of the chapter above."""
     for folder in ("notebooks", "class"):
         (tmp_path / folder).mkdir()
     (tmp_path / "notebooks/99_attack.ipynb").write_text(json.dumps(handed_in(**STUBS)))
     for name, notebook in cells.items():
         (tmp_path / f"class/{name}.ipynb").write_text(json.dumps(notebook))
-    options = dict(isolation=kind, limits=QUICK, echo=lambda text: None, jobs=1)
+    options = dict(isolation=kind, limits=limits, echo=lambda text: None, jobs=1)
     grades = grade.grade_all(tmp_path / "class", tmp_path / "g.csv", tmp_path / "notebooks", **options)
     return {g.submission.removesuffix(".ipynb"): g for g in grades}
 
@@ -909,6 +909,18 @@ def test_what_builds_on_an_unsolved_exercise_is_not_lost_with_it(tmp_path, kind,
         assert grades[name].points == 3
     status, points, _, text = grades["both"].verdicts["99/slope"]
     assert (status, points) == ("wrong", 0.0) and "it does not pass either" in text
+
+
+def test_a_notebook_has_a_budget_of_time(tmp_path, kind, warm):
+    """Sleeping costs no CPU, and each exercise may take its own wall time; together they may not."""
+    sleeps = fill(ATTACKS["sleeps for ever"][0], "double", "")
+    limits = Limits(seconds=1, wall=60, total=2)
+    grades = graded_together(
+        tmp_path, kind, limits, sleeps=handed_in(double=sleeps, slope=BUILDS_ON), right=handed_in()
+    )
+    assert grades["right"].points == 6 and grades["sleeps"].points == 0
+    for status, _, _, text in grades["sleeps"].verdicts.values():
+        assert status == "stopped" and "the 2 s for the whole notebook were used up" in text, text
 
 
 def test_a_lent_answer_cannot_be_told(tmp_path, kind, warm):
