@@ -1,0 +1,393 @@
+"""Why an answer is wrong, in one sentence: a listed mistake, its form, an exception, a mutant, or the kinds of input.
+
+    diagnose(attempt)       the hint, and whether it is one about shapes
+
+All that is known is what the student's function did (`Outcome`), so a grader may ask as well, in a process of its own.
+"""
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minialign.course.compare import TOLERANCE, difference, is_number, kind, numbers, tensor, unlike
+from minialign.course.mutants import RESULTS, Mutant, mutants, parameter_mutants
+from minialign.course.observe import TENSORS, Outcome, leaves, observe
+
+CLOSE = 2e-4  # of a mutant's values to the student's: both are rounded, each in its own way
+
+
+class Attempt(NamedTuple):
+    """A wrong answer: what it did in each case, what was wanted, and what differed ('' where nothing)."""
+
+    exercise: Any
+    cases: Sequence[Mapping]
+    outcomes: Sequence[Outcome]
+    wanted: Sequence[Outcome]
+    problems: Sequence[str]
+    labels: Sequence[str]
+    forms: Sequence[Callable]  # other right solutions
+
+
+def diagnose(attempt: Attempt) -> tuple[str, bool]:
+    """The hint; and is it about shapes?"""
+    first = next(i for i, problem in enumerate(attempt.problems) if problem)
+    got, want = attempt.outcomes[first], attempt.wanted[first]
+    if hint := _no_return(attempt) or _listed(attempt) or _form(attempt):
+        return hint, "shape" in hint
+    if hint := _exception(attempt):
+        return hint, "axes" in hint or "shape" in hint
+    if hint := _in_place(got, want) or _mutant(attempt) or _part(attempt):
+        return hint, False
+    if hint := _shape(got, want):
+        return hint, True
+    return _digits(attempt) or _hint(got, want) or _factor(attempt) or _kinds(attempt), False
+
+
+# ---- what the listed mistakes and the form tell ----------------------------------------------------------------------
+
+
+def _no_return(attempt: Attempt) -> str:
+    missing = [got.error == "NoReturn" for got in attempt.outcomes]
+    if all(missing):
+        return "a `return` is missing: the function computes something, and hands nothing back."
+    return "in some cases the function ends without a `return`." if any(missing) else ""
+
+
+def _listed(attempt: Attempt) -> str:
+    """The hint of the first mistake whose function does what the student's did, on every case."""
+    if all(got.error for got in attempt.outcomes):  # two functions that only raise have little in common
+        return ""
+    for hint, mistake in attempt.exercise.mistakes.items():
+        pairs = zip(attempt.outcomes, attempt.cases, strict=True)
+        theirs = ((got, observe(mistake, case, attempt.exercise.grad_wrt)) for got, case in pairs)
+        if not any(difference(got, other, attempt.exercise.tolerance) for got, other in theirs):
+            return hint
+    return ""
+
+
+def _form(attempt: Attempt) -> str:
+    """The values are right in every case, and something else is not: dtype, shape, list, gradient."""
+    if any(got.error or want.error for got, want in zip(attempt.outcomes, attempt.wanted, strict=True)):
+        return ""
+    pairs = [(got.value, want.value) for got, want in zip(attempt.outcomes, attempt.wanted, strict=True)]
+    i = next((i for i, (got, want) in enumerate(pairs) if kind(got) != kind(want)), 0)
+    came, due = pairs[i]
+    for words, change in FORMS.items():
+        with suppress(Exception):
+            if not any(unlike(change(got, want), want, attempt.exercise.tolerance) for got, want in pairs):
+                return words.format(came=kind(came), due=kind(due))
+    return ""
+
+
+def _both(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
+    """A change of every leaf that is a tensor."""
+
+    def changed(got: Any, want: Any) -> Any:
+        if isinstance(want, list | tuple) and isinstance(got, list | tuple):
+            return [changed(g, w) for g, w in zip(got, want, strict=True)]
+        return change(got, want) if type(got) in TENSORS else got
+
+    return changed
+
+
+FORMS = {  # words -> change of (got, want) that makes the answer right
+    "the values are right; only the dtype is not: {came}, where {due} is due. A list becomes float32 in torch.tensor, "
+    "and so does torch.zeros(n): give them the dtype of what came in.": _both(lambda g, w: g.to(w.dtype)),
+    "the values are right; only the shape is not: {came}, where {due} is due.": _both(
+        lambda g, w: g.reshape(w.shape).to(w.dtype) if g.squeeze().shape == w.squeeze().shape else g
+    ),
+    "the values are right, but two axes have changed places: {came}, where {due} is due (shape).": _both(
+        lambda g, w: g.mT if g.shape != w.shape else g
+    ),
+    "the values are right; only what holds them is not: {came}, where {due} is due (torch.stack or torch.tensor).": (
+        lambda g, w: torch.stack([torch.as_tensor(item, dtype=w.dtype) for item in g])
+    ),
+    "the values are right, in the wrong order: what is returned first should come last.": lambda g, w: g[::-1],
+    "only the first of the things to be returned is there; it is right.": lambda g, w: _only(g, w, 0),
+    "only the last of the things to be returned is there; it is right.": lambda g, w: _only(g, w, -1),
+}
+
+
+def _only(got: Any, want: Any, at: int) -> Any:
+    return want if isinstance(want, list) and not unlike(got, want[at]) else got
+
+
+def _in_place(got: Outcome, want: Outcome) -> str:
+    changed = [name for name in got.mutated if name not in want.mutated]
+    if got.error or unlike(got.value, want.value) or not changed:
+        return ""
+    return f"the values are right, but `{changed[0]}` is the caller's: work on a copy (clone(), a new list or dict)."
+
+
+EXCEPTIONS = {  # a pattern of the message -> hint
+    r"missing \d+ required|unexpected keyword|takes \d+ positional": "it takes other arguments than the given `def`: "
+    "leave that line as it was.",
+    r"name '(\w+)' is not defined|local variable '(\w+)'|cannot access": "a name is used that is not defined at that "
+    "line: a typing error, or it is set in one branch only.",
+    r"must match the size|same size|not broadcastable|shape mismatch|invalid for input|mat1 and mat2|size mismatch|"
+    r"vector \+ matrix|inconsistent tensor|expanded size|can't be broadcast|equal size": "two shapes do not meet: print "
+    "them. PyTorch lines up the last axes; unsqueeze gives (n,) the axis that it lacks.",
+    r"but found|same dtype|expected scalar type|expected \w+ dtype": "two dtypes do not meet, float32 and float64: a "
+    "list becomes float32 in torch.tensor unless it is told dtype=...",
+    r"Dimension out of range|too many indices|IndexError: index|out of bounds|out of range": "an axis or an index is "
+    "asked for that is not there: print the shape and the index.",
+    r"has no attribute": "an object has no such method: is it a list or a number, where you think of a tensor?",
+    r"in-place|inplace|leaf Variable": "autograd forbids a change in place here: build a new tensor.",
+    r"requires grad|numpy\(\)": "numpy cannot take a tensor that has a gradient: stay with torch, or detach what is a "
+    "constant.",
+    r"division by zero": "there is a division by zero in this case: what is due there?",
+    r"must be Tensor, not|must be tensor|argument 'input'": "a function of torch got a plain number: numbers take "
+    "`** 0.5`, `abs` and math's functions.",
+    r"only integer tensors|indices must be|list indices|cannot be interpreted as an integer|as an index": "an index "
+    "must be a whole number, or a tensor of them: `//` instead of `/`, or int(...).",
+    r"only one element tensors|ambiguous": "Python's `if`, `and`, `float` want one number, and got a whole tensor: use "
+    "torch.where, `&`, or a loop.",
+    r"unsupported operand|not supported between": "an operation got something that it cannot work with (None? a list? "
+    "text?): print the types at that line.",
+    r"KeyError": "a key is asked for that the dictionary does not have yet: .get(key, ...).",
+    r"SystemExit|KeyboardInterrupt": "it ends the whole program: leave `exit` out.",
+}
+
+
+def _exception(attempt: Attempt) -> str:
+    """If it raises wherever it is wrong: what such a message means."""
+    failing = [i for i, problem in enumerate(attempt.problems) if problem]
+    if not all(attempt.outcomes[i].error for i in failing) or attempt.wanted[failing[0]].error:
+        return ""
+    trace = attempt.outcomes[failing[0]].trace
+    hint = next((hint for pattern, hint in EXCEPTIONS.items() if re.search(pattern, trace)), "")
+    only = "" if len(failing) == len(attempt.problems) else _kinds(attempt, only=True)
+    return f"{hint}{only}" if hint else ""
+
+
+# ---- mutants ---------------------------------------------------------------------------------------------------------
+
+
+def _mutant(attempt: Attempt) -> str:
+    """What the values come out as if, or ''. First one change of a right solution, then two: of a listed mistake."""
+    if all(got.error for got in attempt.outcomes):
+        return ""
+    search = _Search(attempt)
+    right = [attempt.exercise.reference, *attempt.forms]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pools = [parameter_mutants(right[0]), _results(right[0]), *(mutants(form) for form in right)]
+        for pool in pools:
+            if words := search.first(pool):
+                return f"your values are those that come out as if {words}."
+        if search.gradients:
+            return ""
+        for hint, mistake in attempt.exercise.mistakes.items():
+            if words := search.first([*_results(mistake), *_mutants_of_a_mistake(mistake)]):
+                return f"two things at once. One: {hint.rstrip('.')}. The other: it comes out as if {words}."
+        for form in right:
+            if words := search.first(_two(form)):
+                return f"two things at once: your values are those that come out as if {words}."
+    return ""
+
+
+@functools.cache
+def _results(function: Callable) -> tuple[Mutant, ...]:
+    return tuple(Mutant(words, _then(change, function)) for words, change in RESULTS.items())
+
+
+def _then(change: Callable, function: Callable) -> Callable:
+    def changed(**given: Any) -> Any:
+        return _each(change, function(**given))
+
+    return changed
+
+
+def _each(change: Callable, value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_each(change, item) for item in value]
+    return change(torch.as_tensor(value, dtype=torch.float64) if is_number(value) else value)
+
+
+@functools.cache
+def _mutants_of_a_mistake(mistake: Callable) -> tuple[Mutant, ...]:
+    with suppress(Exception):
+        return mutants(mistake)
+    return ()
+
+
+@functools.cache
+def _two(form: Callable) -> tuple[Mutant, ...]:
+    """A mutant of the form whose result is changed as well: by its sign, a root, a mean."""
+    simple = {words: RESULTS[words] for words in [*list(RESULTS)[:2], "the sign of the result were turned"]}
+    return tuple(
+        Mutant(f"{mutant.words}, and {words}", _then(change, mutant.function))
+        for words, change in simple.items()
+        for mutant in mutants(form)
+    )
+
+
+class _Search:
+    """Compares mutants with what the student's function did: the values, or the gradients if the values are right."""
+
+    def __init__(self, attempt: Attempt):
+        self.attempt = attempt
+        tolerance = attempt.exercise.tolerance
+        pairs = list(zip(attempt.outcomes, attempt.wanted, strict=True))
+        self.gradients = not any(g.error or unlike(g.value, w.value, tolerance) for g, w in pairs)
+        failing = [i for i, problem in enumerate(attempt.problems) if problem]
+        order = sorted(failing, key=lambda i: (bool(attempt.outcomes[i].error), size(attempt.cases[i])))
+        self.order = order + [i for i in range(len(pairs)) if i not in failing]
+        self.mine = [self._numbers(outcome) for outcome in attempt.outcomes]
+        self.right = [self._numbers(outcome) for outcome in attempt.wanted]
+
+    def first(self, pool: Sequence[Mutant]) -> str:
+        """The words of the first mutant that agrees in every case."""
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self.gradients):
+            return next((mutant.words for mutant in pool if self._agrees(mutant.function)), "")
+
+    def _agrees(self, function: Callable) -> bool:
+        return all(self._same(function, i) for i in self.order)
+
+    def _same(self, function: Callable, i: int) -> bool:
+        got, case = self.attempt.outcomes[i], self.attempt.cases[i]
+        if self.gradients:
+            other = observe(function, case, self.attempt.exercise.grad_wrt)
+            return not other.error and _near(self.mine[i], self._numbers(other))
+        try:
+            torch.default_generator.manual_seed(0)
+            value = function(**{name: _copied(value) for name, value in case.items()})
+            if got.error:
+                return False
+            other = numbers(value)
+        except Exception as error:  # whatever a mutant does
+            return type(error).__name__ == got.error
+        if not _near(self.mine[i], other):
+            return False
+        # it must explain the error, not only be as near to the right answer as the student's
+        return not self.attempt.problems[i] or not _near(self.right[i], other, TOLERANCE[torch.float64])
+
+    def _numbers(self, outcome: Outcome) -> list[Tensor]:
+        if self.gradients:
+            return numbers(outcome.value) + numbers(outcome.grads)
+        return numbers(outcome.value)
+
+
+def _near(mine: Sequence[Tensor], other: Sequence[Tensor], close: float = CLOSE) -> bool:
+    if len(mine) != len(other) or any(m.shape != o.shape for m, o in zip(mine, other, strict=True)):
+        return False
+    return all(torch.allclose(m, o, rtol=close, atol=close, equal_nan=True) for m, o in zip(mine, other, strict=True))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+# ---- what the numbers alone tell -------------------------------------------------------------------------------------
+
+
+def _part(attempt: Attempt) -> str:
+    """Of several things returned, which are right?"""
+    verdicts = set()
+    for got, want in zip(attempt.outcomes, attempt.wanted, strict=True):
+        if not (isinstance(got.value, list) and isinstance(want.value, list) and len(got.value) == len(want.value)):
+            return ""
+        pairs = zip(got.value, want.value, strict=True)
+        verdicts |= {i for i, (g, w) in enumerate(pairs) if unlike(g, w, attempt.exercise.tolerance)}
+    places = [("first", "second", "third", "fourth")[i] for i in sorted(verdicts)]
+    if len(places) == len(attempt.wanted[0].value) or not places:
+        return ""
+    return f"of the things returned, only the {' and the '.join(places)} is wrong; the rest is right in every case."
+
+
+def _shape(got: Outcome, want: Outcome) -> str:
+    mine, right = got.value, want.value
+    if type(mine) not in TENSORS or type(right) not in TENSORS:
+        return ""
+    came, due = tuple(mine.shape), tuple(right.shape)
+    suggestions = [
+        (came == (*due, 1), "a last axis of size 1 is left over; against (batch,) it silently makes (batch, batch)."),
+        (len(due) == 1 and came == due * 2, "(batch, 1) met (batch,), which silently makes (batch, batch)."),
+        (came != due and came == due[::-1], "two axes are swapped."),
+        (len(came) < len(due), "an axis too many was reduced."),
+        (len(came) > len(due), "some axes are still to be reduced."),
+    ]
+    return next((hint for applies, hint in suggestions if applies), "")
+
+
+def _digits(attempt: Attempt) -> str:
+    """If the values are right to some digits in all cases: to how many?"""
+    worst = 0.0
+    for got, want in zip(attempt.outcomes, attempt.wanted, strict=True):
+        mine, right = numbers(got.value), numbers(want.value)
+        if got.error or want.error or [m.shape for m in mine] != [r.shape for r in right]:
+            return ""
+        for m, r in zip(mine, right, strict=True):
+            off = ((m - r).abs() / r.abs().clamp_min(1e-3)).nan_to_num(torch.inf)
+            worst = max(worst, off[m != r].max().item() if (m != r).any() else 0.0)
+    if not 0 < worst < 1e-3:
+        return ""
+    digit = max(int(-torch.tensor(worst).log10().floor().item()), 4)
+    return f"differs in the {digit}th digit only: a float32 constant, rounding, or a small constant (an eps)?"
+
+
+def _hint(got: Outcome, want: Outcome) -> str:
+    """What the kind of failure alone suggests."""
+    if got.error or want.error or got.mutated != want.mutated:
+        return "call your function on this case in a cell of your own, and look at each line."
+    mine, right = got.value, want.value
+    if type(mine) not in TENSORS or type(right) not in TENSORS:
+        return "" if kind(mine) == kind(right) else "the docstring says what to return."
+    cut_off = any(grad.any() and not got.grads[name].any() for name, grad in want.grads.items())
+    suggestions = [
+        (mine.dtype != right.dtype, "a constant or a conversion brought in another dtype."),
+        (mine.isnan().any(), "nan comes from 0/0, inf - inf, log(0) or the root of a negative number."),
+        (cut_off and not unlike(mine, right), "detach(), item(), numpy or no_grad cut the result off from its inputs."),
+    ]
+    return next((hint for applies, hint in suggestions if applies), "")
+
+
+def _factor(attempt: Attempt) -> str:
+    """A hint if all values of all cases are off by one factor or by one constant."""
+    pairs = [
+        (tensor(g).flatten().double(), tensor(w).flatten().double())
+        for got, want in zip(attempt.outcomes, attempt.wanted, strict=True)
+        for (_, g), (_, w) in zip(leaves(got.value), leaves(want.value), strict=False)
+        if kind(g) == kind(w) and not isinstance(w, str | None)
+    ]
+    if not pairs:
+        return ""
+    mine, right = (torch.cat(values) for values in zip(*pairs, strict=True))
+    for form, off, neutral in (("{:.4g} times", mine / right, 1), ("{:.4g} more than", mine - right, 0)):
+        off = off[right != 0]
+        if len(off) > 1 and off.std() <= 1e-4 * off.mean().abs() and (off.mean() - neutral).abs() > 1e-3:
+            return f"in every case your values are {form.format(off.mean().item())} the expected ones."
+    return ""
+
+
+def _kinds(attempt: Attempt, only: bool = False) -> str:
+    """For which kinds of input it is right, and for which wrong."""
+    right = dict.fromkeys(label for label, problem in _labelled(attempt) if not problem)
+    wrong = dict.fromkeys(label for label, problem in _labelled(attempt) if problem)
+    sorted_out = [label for label in right if label not in wrong], list(wrong)
+    said = "".join(f" {word}: {', '.join(kinds)}." for word, kinds in zip(("Right", "Wrong"), sorted_out, strict=True) if kinds)
+    if only:
+        return said
+    hint = "none of the usual mistakes. Work this case out by hand, term by term."
+    return hint + (said if attempt.labels and sorted_out[0] else "")
+
+
+def _labelled(attempt: Attempt) -> Iterator[tuple[str, str]]:
+    return zip(attempt.labels, attempt.problems, strict=False)
+
+
+def size(case: Mapping) -> int:
+    """Numbers in a case's tensors."""
+    return sum(leaf.numel() for _, leaf in leaves(case) if isinstance(leaf, Tensor))
