@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from minialign.course.compare import adapted, difference, kind, unlike
-from minialign.course.diagnose import Attempt, diagnose, size
+from minialign.course.diagnose import diagnose
 from minialign.course.observe import TENSORS, Outcome, leaves, observe
+from minialign.course.search import Attempt, size
 
 __all__ = ["Exercise", "Quiz", "Verdict", "check", "difference", "find", "judge", "quiz", "registered", "unlike"]
 GO_ON = "  Until then the notebook goes on with the package's own version."

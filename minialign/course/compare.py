@@ -23,7 +23,7 @@ from minialign.course.observe import TENSORS, Outcome, call, leaves
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
-def difference(got: Outcome, want: Outcome, tolerance: float | None = None) -> str:
+def difference(got: Outcome, want: Outcome, tolerance: float | None = None, equal_nan: bool = False) -> str:
     """In words, the first thing that `got` did otherwise than `want`; empty if nothing."""
     if got.error == "NoReturn":
         return f"returned nothing (None); expected {want.error or kind(want.value)}"
@@ -31,19 +31,19 @@ def difference(got: Outcome, want: Outcome, tolerance: float | None = None) -> s
         if got.error == want.error:
             return ""
         return f"raised {got.trace}" if got.error else f"raised nothing; expected {want.error}"
-    if problem := unlike(got.value, want.value, tolerance):
+    if problem := unlike(got.value, want.value, tolerance, equal_nan):
         return "returned " + problem
     if changed := [name for name in got.mutated if name not in want.mutated]:
         return f"changed its argument {changed[0]} in place; it should leave its inputs as they are"
     for name, grad in want.grads.items():
         if grad.any() and not got.grads[name].any():
             return f"returned the right values, but no gradient flows back to {name}"
-        if problem := unlike(got.grads[name], grad, tolerance):
+        if problem := unlike(got.grads[name], grad, tolerance, equal_nan):
             return f"returned the right values, but the gradient with respect to {name} is {problem}"
     return ""
 
 
-def unlike(got: Any, want: Any, tolerance: float | None = None) -> str:
+def unlike(got: Any, want: Any, tolerance: float | None = None, equal_nan: bool = False) -> str:
     """What came and what was expected at the first leaf that differs in kind, shape, device or value, or ''."""
     came, got = got, fitted(got, want)
     loosest = max((TOLERANCE.get(leaf.dtype, 0.0) for _, leaf in leaves(came) if type(leaf) in TENSORS), default=0.0)
@@ -60,7 +60,8 @@ def unlike(got: Any, want: Any, tolerance: float | None = None) -> str:
             continue
         g, w = tensor(g), tensor(w)
         tol = max(loosest, TOLERANCE.get(w.dtype, 2e-2)) if tolerance is None else tolerance
-        close = torch.isclose(g, w, rtol=tol, atol=tol) if w.is_floating_point() else g == w  # nan is close to nothing
+        # a right answer's nan is close to nothing; two wrong ones may share theirs
+        close = torch.isclose(g, w, rtol=tol, atol=tol, equal_nan=equal_nan) if w.is_floating_point() else g == w
         if not close.all():
             index = tuple((~close).nonzero()[0].tolist())
             spot = f" at index {list(index)}" if index else ""

@@ -5,33 +5,17 @@
 All that is known is what the student's function did (`Outcome`), so a grader may ask as well, in a process of its own.
 """
 
-import functools
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minialign.course.compare import TOLERANCE, difference, is_number, kind, numbers, tensor, unlike
-from minialign.course.mutants import RESULTS, Mutant, mutants, parameter_mutants
+from minialign.course.compare import TOLERANCE, difference, kind, numbers, tensor, unlike
 from minialign.course.observe import TENSORS, Outcome, leaves, observe
-
-CLOSE = 2e-4  # of a mutant's values to the student's: both are rounded, each in its own way
-
-
-class Attempt(NamedTuple):
-    """A wrong answer: what it did in each case, what was wanted, and what differed ('' where nothing)."""
-
-    exercise: Any
-    cases: Sequence[Mapping]
-    outcomes: Sequence[Outcome]
-    wanted: Sequence[Outcome]
-    problems: Sequence[str]
-    labels: Sequence[str]
-    forms: Sequence[Callable]  # other right solutions
+from minialign.course.search import Attempt, as_if
 
 
 def diagnose(attempt: Attempt) -> tuple[str, bool]:
@@ -42,11 +26,11 @@ def diagnose(attempt: Attempt) -> tuple[str, bool]:
         return hint, "shape" in hint
     if hint := _exception(attempt):
         return hint, "axes" in hint or "shape" in hint
-    if hint := _in_place(got, want) or _mutant(attempt) or _part(attempt):
+    if hint := _in_place(got, want) or as_if(attempt) or _part(attempt):
         return hint, False
     if hint := _shape(got, want):
         return hint, True
-    return _digits(attempt) or _hint(got, want) or _factor(attempt) or _kinds(attempt), False
+    return _digits(attempt) or _place(attempt) or _hint(got, want) or _factor(attempt) or _kinds(attempt), False
 
 
 # ---- what the listed mistakes and the form tell ----------------------------------------------------------------------
@@ -66,7 +50,7 @@ def _listed(attempt: Attempt) -> str:
     for hint, mistake in attempt.exercise.mistakes.items():
         pairs = zip(attempt.outcomes, attempt.cases, strict=True)
         theirs = ((got, observe(mistake, case, attempt.exercise.grad_wrt)) for got, case in pairs)
-        if not any(difference(got, other, attempt.exercise.tolerance) for got, other in theirs):
+        if not any(difference(got, other, attempt.exercise.tolerance, equal_nan=True) for got, other in theirs):
             return hint
     return ""
 
@@ -166,130 +150,6 @@ def _exception(attempt: Attempt) -> str:
     return f"{hint}{only}" if hint else ""
 
 
-# ---- mutants ---------------------------------------------------------------------------------------------------------
-
-
-def _mutant(attempt: Attempt) -> str:
-    """What the values come out as if, or ''. First one change of a right solution, then two: of a listed mistake."""
-    if all(got.error for got in attempt.outcomes):
-        return ""
-    search = _Search(attempt)
-    right = [attempt.exercise.reference, *attempt.forms]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pools = [parameter_mutants(right[0]), _results(right[0]), *(mutants(form) for form in right)]
-        for pool in pools:
-            if words := search.first(pool):
-                return f"your values are those that come out as if {words}."
-        if search.gradients:
-            return ""
-        for hint, mistake in attempt.exercise.mistakes.items():
-            if words := search.first([*_results(mistake), *_mutants_of_a_mistake(mistake)]):
-                return f"two things at once. One: {hint.rstrip('.')}. The other: it comes out as if {words}."
-        for form in right:
-            if words := search.first(_two(form)):
-                return f"two things at once: your values are those that come out as if {words}."
-    return ""
-
-
-@functools.cache
-def _results(function: Callable) -> tuple[Mutant, ...]:
-    return tuple(Mutant(words, _then(change, function)) for words, change in RESULTS.items())
-
-
-def _then(change: Callable, function: Callable) -> Callable:
-    def changed(**given: Any) -> Any:
-        return _each(change, function(**given))
-
-    return changed
-
-
-def _each(change: Callable, value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_each(change, item) for item in value]
-    return change(torch.as_tensor(value, dtype=torch.float64) if is_number(value) else value)
-
-
-@functools.cache
-def _mutants_of_a_mistake(mistake: Callable) -> tuple[Mutant, ...]:
-    with suppress(Exception):
-        return mutants(mistake)
-    return ()
-
-
-@functools.cache
-def _two(form: Callable) -> tuple[Mutant, ...]:
-    """A mutant of the form whose result is changed as well: by its sign, a root, a mean."""
-    simple = {words: RESULTS[words] for words in [*list(RESULTS)[:2], "the sign of the result were turned"]}
-    return tuple(
-        Mutant(f"{mutant.words}, and {words}", _then(change, mutant.function))
-        for words, change in simple.items()
-        for mutant in mutants(form)
-    )
-
-
-class _Search:
-    """Compares mutants with what the student's function did: the values, or the gradients if the values are right."""
-
-    def __init__(self, attempt: Attempt):
-        self.attempt = attempt
-        tolerance = attempt.exercise.tolerance
-        pairs = list(zip(attempt.outcomes, attempt.wanted, strict=True))
-        self.gradients = not any(g.error or unlike(g.value, w.value, tolerance) for g, w in pairs)
-        failing = [i for i, problem in enumerate(attempt.problems) if problem]
-        order = sorted(failing, key=lambda i: (bool(attempt.outcomes[i].error), size(attempt.cases[i])))
-        self.order = order + [i for i in range(len(pairs)) if i not in failing]
-        self.mine = [self._numbers(outcome) for outcome in attempt.outcomes]
-        self.right = [self._numbers(outcome) for outcome in attempt.wanted]
-
-    def first(self, pool: Sequence[Mutant]) -> str:
-        """The words of the first mutant that agrees in every case."""
-        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self.gradients):
-            return next((mutant.words for mutant in pool if self._agrees(mutant.function)), "")
-
-    def _agrees(self, function: Callable) -> bool:
-        return all(self._same(function, i) for i in self.order)
-
-    def _same(self, function: Callable, i: int) -> bool:
-        got, case = self.attempt.outcomes[i], self.attempt.cases[i]
-        if self.gradients:
-            other = observe(function, case, self.attempt.exercise.grad_wrt)
-            return not other.error and _near(self.mine[i], self._numbers(other))
-        try:
-            torch.default_generator.manual_seed(0)
-            value = function(**{name: _copied(value) for name, value in case.items()})
-            if got.error:
-                return False
-            other = numbers(value)
-        except Exception as error:  # whatever a mutant does
-            return type(error).__name__ == got.error
-        if not _near(self.mine[i], other):
-            return False
-        # it must explain the error, not only be as near to the right answer as the student's
-        return not self.attempt.problems[i] or not _near(self.right[i], other, TOLERANCE[torch.float64])
-
-    def _numbers(self, outcome: Outcome) -> list[Tensor]:
-        if self.gradients:
-            return numbers(outcome.value) + numbers(outcome.grads)
-        return numbers(outcome.value)
-
-
-def _near(mine: Sequence[Tensor], other: Sequence[Tensor], close: float = CLOSE) -> bool:
-    if len(mine) != len(other) or any(m.shape != o.shape for m, o in zip(mine, other, strict=True)):
-        return False
-    return all(torch.allclose(m, o, rtol=close, atol=close, equal_nan=True) for m, o in zip(mine, other, strict=True))
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
-
-
 # ---- what the numbers alone tell -------------------------------------------------------------------------------------
 
 
@@ -305,6 +165,42 @@ def _part(attempt: Attempt) -> str:
     if len(places) == len(attempt.wanted[0].value) or not places:
         return ""
     return f"of the things returned, only the {' and the '.join(places)} is wrong; the rest is right in every case."
+
+
+def _place(attempt: Attempt) -> str:
+    """If the wrong numbers stand in the same place in every case: where? At an end of an axis, or behind a mask."""
+    found = []
+    for case, got, want in zip(attempt.cases, attempt.outcomes, attempt.wanted, strict=True):
+        mine, right = got.value, want.value
+        if type(mine) not in TENSORS or type(right) not in TENSORS or mine.shape != right.shape or not right.ndim:
+            return ""
+        close = TOLERANCE.get(right.dtype, 0.0)
+        wrong = ~torch.isclose(mine.double(), right.double(), rtol=close, atol=close)
+        if wrong.any():
+            found.append((wrong, dict(_places(case, wrong))))
+    for words in found[0][1] if found else ():
+        places = [places.get(words) for _, places in found]
+        if all(at is not None and not (wrong & ~at).any() for at, (wrong, _) in zip(places, found, strict=True)):
+            if not all(at.all() for at in places):
+                return f"your values are right in all places but these: {words}."
+    return ""
+
+
+def _places(case: Mapping, wrong: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Words, and True there."""
+    for name, mask in case.items():
+        if type(mask) in TENSORS and mask.dtype == torch.bool and mask.shape == wrong.shape[: mask.ndim]:
+            mask = mask.reshape(*mask.shape, *[1] * (wrong.ndim - mask.ndim))
+            yield f"where `{name}` is False", ~mask.expand(wrong.shape)
+            yield f"where `{name}` is True", mask.expand(wrong.shape)
+    for axis in range(-1, -1 - min(wrong.ndim, 2), -1):
+        at = torch.arange(wrong.shape[axis]).view(-1, *[1] * (-1 - axis)).expand(wrong.shape)
+        where = "" if wrong.ndim == 1 else f" of axis {axis + wrong.ndim}"
+        last = wrong.shape[axis] - 1
+        yield f"the first{where}", at == 0
+        yield f"the last{where}", at == last
+        yield f"all but the last{where}", at < last
+        yield f"all but the first{where}", at > 0
 
 
 def _shape(got: Outcome, want: Outcome) -> str:
@@ -377,7 +273,9 @@ def _kinds(attempt: Attempt, only: bool = False) -> str:
     right = dict.fromkeys(label for label, problem in _labelled(attempt) if not problem)
     wrong = dict.fromkeys(label for label, problem in _labelled(attempt) if problem)
     sorted_out = [label for label in right if label not in wrong], list(wrong)
-    said = "".join(f" {word}: {', '.join(kinds)}." for word, kinds in zip(("Right", "Wrong"), sorted_out, strict=True) if kinds)
+    said = "".join(
+        f" {word}: {', '.join(kinds)}." for word, kinds in zip(("Right", "Wrong"), sorted_out, strict=True) if kinds
+    )
     if only:
         return said
     hint = "none of the usual mistakes. Work this case out by hand, term by term."
@@ -386,8 +284,3 @@ def _kinds(attempt: Attempt, only: bool = False) -> str:
 
 def _labelled(attempt: Attempt) -> Iterator[tuple[str, str]]:
     return zip(attempt.labels, attempt.problems, strict=False)
-
-
-def size(case: Mapping) -> int:
-    """Numbers in a case's tensors."""
-    return sum(leaf.numel() for _, leaf in leaves(case) if isinstance(leaf, Tensor))

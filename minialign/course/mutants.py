@@ -133,6 +133,7 @@ def _annotate(tree: ast.FunctionDef) -> None:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in known:
             node.parameter, node.parameters = node.id in parameters, parameters
             node.others = [name for name in known if name != node.id and not name.startswith("_")]
+            node.known_parameters = parameters if len(parameters) < 7 else ()
 
 
 def _sites(node: ast.AST) -> Iterator[tuple[ast.AST, Callable]]:
@@ -181,12 +182,9 @@ def _value(source: str) -> Callable[[Any], Any]:
 
 
 CHANGES = {source: _value(source) for source in UNARY}
-RESULTS = {words.format("the result"): CHANGES[source] for source, words in UNARY.items()} | {
+RESULTS = {words.format("the result"): CHANGES[source] for source, words in UNARY.items() if "detach" not in source} | {
     "the result were twice as large": _value("2 * A"),
     "the result were half as large": _value("A / 2"),
-    "the result were larger by 1": _value("A + 1"),
-    "the result were smaller by 1": _value("A - 1"),
-    "the result were cut off at 0": _value("A.clamp(min=0)"),
     "the result were averaged over its last axis": _value("A.mean(-1)"),
     "the result were summed over its last axis": _value("A.sum(-1)"),
     "the result were a mean over its first axis": _value("A.mean(0)"),

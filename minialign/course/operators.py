@@ -8,6 +8,7 @@ import ast
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 OPERATORS: list[Callable] = []
 Found = Iterator[tuple[ast.AST, str]]
@@ -45,8 +46,13 @@ UNARY = {  # words with {} for what is changed
     "A.roll(-1, -1)": "{} were rolled by one place",
     "A.roll(1, -1)": "{} were rolled by one place",
     "A.mT": "the axes of {} were exchanged",
+    "A + 1": "{} were larger by 1",
+    "A - 1": "{} were smaller by 1",
+    "A.clamp(min=0)": "{} were cut off at 0",
+    "A.unsqueeze(1)": "{} had one axis more, (n, 1), and met (n,): a table of all pairs",
 }
 EVERYWHERE = ("A ** 2", "A ** 0.5", "-A", "A * 0", "A * 0 + 1", "1 / A", "1 - A", "abs(A)", "A.exp()", "A.detach()")
+EVERYWHERE += ("A + 1", "A - 1", "A.clamp(min=0)", "A.unsqueeze(1)")
 
 
 @functools.cache
@@ -80,6 +86,8 @@ def a_value(node: ast.AST) -> Found:
     if loaded or isinstance(node, ast.BinOp | ast.Call):
         for source in EVERYWHERE:
             yield make(source, A=node), UNARY[source].format(_what(node))
+        for name in getattr(node, "known_parameters", ()):
+            yield make("A * B", A=node, B=ast.Name(name, ast.Load())), f"`{name}` multiplied something more than is due"
 
 
 @operator
@@ -124,6 +132,8 @@ def a_factor(node: ast.AST) -> Found:
         yield make("B / A", A=left, B=right), "a fraction stood upside down"
         yield make("1 / B", B=right), "a numerator were missing"
         yield make("A - B", A=left, B=right), "a difference stood where a quotient is due"
+    if isinstance(node.op, ast.Sub):
+        yield make("A / B", A=left, B=right), "a quotient stood where a difference is due"
     if isinstance(node.op, ast.FloorDiv):
         yield make("round(A / B)", A=left, B=right), "it were rounded to the nearest, not down"
         yield make("-(-A // B)", A=left, B=right), "it were rounded up, not down"
@@ -131,6 +141,7 @@ def a_factor(node: ast.AST) -> Found:
     if isinstance(node.op, ast.MatMult):
         yield make("A.mT @ B", A=left, B=right), "a matrix were transposed"
         yield make("A @ B.mT", A=left, B=right), "a matrix were transposed"
+        yield make("(A * B).mean()", A=left, B=right), "mean stood where sum is due"
         yield make("B @ A", A=left, B=right), "two factors of a matrix product had changed places"
     if isinstance(node.op, ast.Add | ast.Mult | ast.Sub) and not isinstance(left, ast.Constant):
         yield make("torch.maximum(A, B)", A=left, B=right), "a maximum stood where two things are put together"
@@ -149,19 +160,51 @@ def a_power(node: ast.AST) -> Found:
 
 @operator
 def brackets(node: ast.AST) -> Found:
-    """What a missing pair of them makes of a / (b c), a (b + c), (a + b) / c, a / (b + c), -(a + b), (a + b) ** c."""
-    if not isinstance(node, ast.BinOp):
-        return
-    left, op, right = node.left, node.op, node.right
-    words = "a pair of brackets were missing"
-    if isinstance(right, ast.BinOp) and not isinstance(op, ast.Pow):
-        loose = isinstance(right.op, ast.Add | ast.Sub) and isinstance(op, ast.Mult | ast.Div | ast.Sub | ast.MatMult)
-        if loose or (isinstance(op, ast.Div) and isinstance(right.op, ast.Mult | ast.Div)):
-            yield ast.BinOp(ast.BinOp(left, op, right.left), right.op, right.right), words
-    if isinstance(left, ast.BinOp):
-        sum_first = isinstance(left.op, ast.Add | ast.Sub) and isinstance(op, ast.Mult | ast.Div | ast.MatMult)
-        if sum_first or (isinstance(op, ast.Pow) and not isinstance(left.op, ast.Pow)):
-            yield ast.BinOp(left.left, left.op, ast.BinOp(left.right, op, right)), words
+    """Each pair of them in a line's text left out: (a + b) / c becomes a + b / c."""
+    value = getattr(node, "value", None) if isinstance(node, ast.Assign | ast.AugAssign | ast.Return) else None
+    text = ast.unparse(value) if value else ""
+    for start, letter in enumerate(text):
+        if letter != "(" or (start and (text[start - 1].isalnum() or text[start - 1] in "_)]")):
+            continue  # of a call
+        depth = 0
+        end = next(i for i in range(start, len(text)) if (depth := depth + (text[i] == "(") - (text[i] == ")")) == 0)
+        with suppress(SyntaxError):
+            changed = copy.copy(node)
+            changed.value = ast.parse(text[:start] + text[start + 1 : end] + text[end + 1 :], mode="eval").body
+            yield changed, "a pair of brackets were missing"
+
+
+@operator
+def the_order(node: ast.AST) -> Found:
+    """Of two steps: a sum of squares or the square of a sum, f(a - b) or f(a) - f(b), the mean of f or f of the mean."""
+    outer = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func
+    inner = outer.value if outer else node
+    words = "two steps were taken in the other order"
+    if outer and isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute):
+        x = inner.func.value
+        if is_library(x):
+            first, *rest = inner.args or [None]
+            reduced = [_again(node, argument) for argument in (first, *rest) if argument is not None]
+            yield ast.Call(inner.func, reduced, inner.keywords), words
+            yield ast.Call(inner.func, [*reduced[:1], *rest], inner.keywords), words
+        else:
+            yield _again(inner, _again(node, x)), words
+            yield x, "two steps were left out"
+    if outer and isinstance(inner, ast.BinOp):
+        each = ast.BinOp(_again(node, inner.left), inner.op, _again(node, inner.right))
+        yield each, "a function were applied to each part, not to both together"
+        yield ast.BinOp(_again(node, inner.left), inner.op, inner.right), "a function were applied to one part only"
+        yield ast.BinOp(inner.left, inner.op, _again(node, inner.right)), "a function were applied to one part only"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and isinstance(node.left, ast.BinOp):
+        parts = [ast.BinOp(part, ast.Pow(), node.right) for part in (node.left.left, node.left.right)]
+        yield ast.BinOp(parts[0], node.left.op, parts[1]), "each part were squared (or rooted), not both together"
+    if isinstance(node, ast.Call) and isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Pow):
+        yield ast.BinOp(_again(node, inner.left), ast.Pow(), inner.right), words
+
+
+def _again(call: ast.Call, value: ast.expr) -> ast.Call:
+    """The same method, of another value."""
+    return ast.Call(ast.Attribute(value, call.func.attr, ast.Load()), call.args, call.keywords)
 
 
 @operator
@@ -201,8 +244,8 @@ EXCHANGED = [  # two that are taken for each other
     ("softmax", "log_softmax"), ("std", "mean"), ("sigmoid", "exp"), ("logsigmoid", "sigmoid"), ("softplus", "relu"),
     ("zeros", "ones"), ("logsigmoid", "relu"), ("ceil", "floor"), ("mean", "amax"),
 ]  # fmt: skip
-REDUCING = "sum mean prod std var amax amin argmax argmin all any max min median logsumexp norm vector_norm".split()
-ALONG = [*REDUCING, *"softmax log_softmax cumsum cumprod flip sort argsort unbind diff stack cat".split()]
+REDUCING = ["sum", "mean", "prod", "std", "var", "amax", "amin", "argmax", "argmin", "all", "any", "max", "min", "median", "logsumexp", "norm", "vector_norm"]
+ALONG = [*REDUCING, *["softmax", "log_softmax", "cumsum", "cumprod", "flip", "sort", "argsort", "unbind", "diff", "stack", "cat"]]
 
 
 @operator
@@ -229,6 +272,22 @@ def another_call(node: ast.AST) -> Found:
             kept = {"keepdim", "dim"} | ({"correction", "unbiased"} if wrong in ("std", "var") else set())
             changed.keywords = [k for k in node.keywords if k.arg in kept]
             yield changed, f"{wrong} stood where {right} is due"
+
+
+@operator
+def a_neighbour(node: ast.AST) -> Found:
+    """What looks the same: a naive logarithm, a mean without the sample itself."""
+    name, x = _called(node), node.args[0] if getattr(node, "args", None) and isinstance(node, ast.Call) else None
+    if name == "logsigmoid":
+        yield make("torch.sigmoid(A).log()", A=x), "exp overflowed before the logarithm was taken"
+        yield (
+            make("(torch.sigmoid(A) + 1e-8).log()", A=x),
+            "a small constant kept the logarithm from -inf, and was wrong",
+        )
+        yield make("-(1 + torch.exp(-A)).log()", A=x), "exp overflowed before the logarithm was taken"
+    if name == "mean" and isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
+        value = node.func.value
+        yield make("(A.sum() - A) / (len(A) - 1)", A=value), "each one were left out of its own mean"
 
 
 @operator
