@@ -38,6 +38,7 @@ class Exercise:
     grad_wrt: Sequence[str] = ()  # arguments whose gradients must agree too
     draws: int = 4  # fresh draws of each drawn case
     tolerance: float | None = None  # instead of compare.TOLERANCE
+    dtype: torch.dtype | None = None  # of the result, where the text names it; else float32 and float64 both do
     also: Sequence[Callable] = ()  # other conventions that the text leaves open, right as well
 
     def draw(self, seed: int | None = None) -> list[dict]:
@@ -158,7 +159,11 @@ def judge(exercise: Exercise, cases: Sequence[Mapping], outcomes: Sequence[Outco
 
 def _problems(exercise: Exercise, right: Callable, cases: Sequence, outcomes: Sequence) -> tuple[list, list[str]]:
     wanted = [observe(right, case, exercise.grad_wrt) for case in cases]
-    return wanted, [difference(g, w, exercise.tolerance) for g, w in zip(outcomes, wanted, strict=True)]
+    problems = [difference(g, w, exercise.tolerance) for g, w in zip(outcomes, wanted, strict=True)]
+    for i, got in enumerate(outcomes):
+        if exercise.dtype and not problems[i] and getattr(got.value, "dtype", exercise.dtype) != exercise.dtype:
+            problems[i] = f"returned {kind(got.value)}; expected {kind(wanted[i].value)}"
+    return wanted, problems
 
 
 def _has_axis_of_one(case: Mapping) -> bool:

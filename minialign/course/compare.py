@@ -5,7 +5,7 @@
 
 A number for a tensor without axes, float64 for float32 or float32 for float64 (right to its digits), a list for a
 tuple are forms of one answer: they pass, and `adapted` hands on a function that returns the form that the rest of the
-notebook expects. Where the text asks for float64, a small `tolerance` says so.
+notebook expects. (Where the text names a dtype, `Exercise.dtype` holds.)
 """
 
 import functools
@@ -110,6 +110,7 @@ def adapted(function: Callable, reference: Callable, got: Outcome, want: Outcome
         floats = [v.dtype for v in given.values() if type(v) in TENSORS and v.is_floating_point()]
         return fitted(value, _as_dtype(want.value, floats[0]) if floats else want.value)
 
+    fitting.__signature__ = inspect.signature(reference)
     return fitting
 
 
@@ -157,7 +158,7 @@ def numbers(values: Sequence | Mapping | Any) -> list[Tensor]:
     return [tensor(leaf).double() for _, leaf in leaves(values) if type(leaf) in TENSORS or is_number(leaf)]
 
 
-def _apart(got: float, want: float) -> tuple[str, str]:
+def _apart(got: float | bool, want: float | bool) -> tuple[str, str]:
     """Both, with as many digits as it takes to see that they differ."""
     for digits in range(6, 18):
         pair = f"{got:.{digits}g}", f"{want:.{digits}g}"

@@ -26,7 +26,7 @@ def diagnose(attempt: Attempt) -> tuple[str, bool]:
         return hint, "shape" in hint
     if hint := _exception(attempt):
         return hint, "axes" in hint or "shape" in hint
-    if hint := _in_place(got, want) or as_if(attempt) or _part(attempt):
+    if hint := _in_place(got, want) or _cut_off(got, want) or as_if(attempt) or _part(attempt):
         return hint, False
     if hint := _shape(got, want):
         return hint, True
@@ -60,7 +60,11 @@ def _form(attempt: Attempt) -> str:
     if any(got.error or want.error for got, want in zip(attempt.outcomes, attempt.wanted, strict=True)):
         return ""
     pairs = [(got.value, want.value) for got, want in zip(attempt.outcomes, attempt.wanted, strict=True)]
-    i = next((i for i, (got, want) in enumerate(pairs) if kind(got) != kind(want)), 0)
+    i = next((i for i, (got, want) in enumerate(pairs) if unlike(got, want, attempt.exercise.tolerance)), None)
+    if attempt.exercise.dtype and i is None:
+        i = next((i for i, problem in enumerate(attempt.problems) if problem.startswith("returned a float")), None)
+    if i is None:
+        return ""
     came, due = pairs[i]
     for words, change in FORMS.items():
         with suppress(Exception):
@@ -109,14 +113,21 @@ def _in_place(got: Outcome, want: Outcome) -> str:
     return f"the values are right, but `{changed[0]}` is the caller's: work on a copy (clone(), a new list or dict)."
 
 
+def _cut_off(got: Outcome, want: Outcome) -> str:
+    due = [name for name, grad in want.grads.items() if grad.any()]
+    if got.error or not due or unlike(got.value, want.value) or any(got.grads[name].any() for name in due):
+        return ""
+    return "the values are right; detach(), item(), numpy or no_grad cut the result off from its inputs (the gradient)."
+
+
 EXCEPTIONS = {  # a pattern of the message -> hint
     r"missing \d+ required|unexpected keyword|takes \d+ positional": "it takes other arguments than the given `def`: "
     "leave that line as it was.",
     r"name '(\w+)' is not defined|local variable '(\w+)'|cannot access": "a name is used that is not defined at that "
     "line: a typing error, or it is set in one branch only.",
     r"must match the size|same size|not broadcastable|shape mismatch|invalid for input|mat1 and mat2|size mismatch|"
-    r"vector \+ matrix|inconsistent tensor|expanded size|can't be broadcast|equal size": "two shapes do not meet: print "
-    "them. PyTorch lines up the last axes; unsqueeze gives (n,) the axis that it lacks.",
+    r"vector \+ matrix|inconsistent tensor|expanded size|can't be broadcast|equal size": "two shapes do not meet: "
+    "print them. PyTorch lines up the last axes; unsqueeze gives (n,) the axis that it lacks.",
     r"but found|same dtype|expected scalar type|expected \w+ dtype": "two dtypes do not meet, float32 and float64: a "
     "list becomes float32 in torch.tensor unless it is told dtype=...",
     r"Dimension out of range|too many indices|IndexError: index|out of bounds|out of range": "an axis or an index is "
@@ -180,9 +191,9 @@ def _place(attempt: Attempt) -> str:
             found.append((wrong, dict(_places(case, wrong))))
     for words in found[0][1] if found else ():
         places = [places.get(words) for _, places in found]
-        if all(at is not None and not (wrong & ~at).any() for at, (wrong, _) in zip(places, found, strict=True)):
-            if not all(at.all() for at in places):
-                return f"your values are right in all places but these: {words}."
+        there = [at is not None and not (wrong & ~at).any() for at, (wrong, _) in zip(places, found, strict=True)]
+        if all(there) and not all(at.all() for at in places):
+            return f"your values are right in all places but these: {words}."
     return ""
 
 
@@ -220,7 +231,9 @@ def _shape(got: Outcome, want: Outcome) -> str:
 
 def _digits(attempt: Attempt) -> str:
     """If the values are right to some digits in all cases: to how many?"""
-    worst = 0.0
+    worst, tolerance = 0.0, attempt.exercise.tolerance
+    if not any(unlike(g.value, w.value, tolerance) for g, w in zip(attempt.outcomes, attempt.wanted, strict=True)):
+        return ""  # the gradients are wrong
     for got, want in zip(attempt.outcomes, attempt.wanted, strict=True):
         mine, right = numbers(got.value), numbers(want.value)
         if got.error or want.error or [m.shape for m in mine] != [r.shape for r in right]:
@@ -241,11 +254,9 @@ def _hint(got: Outcome, want: Outcome) -> str:
     mine, right = got.value, want.value
     if type(mine) not in TENSORS or type(right) not in TENSORS:
         return "" if kind(mine) == kind(right) else "the docstring says what to return."
-    cut_off = any(grad.any() and not got.grads[name].any() for name, grad in want.grads.items())
     suggestions = [
         (mine.dtype != right.dtype, "a constant or a conversion brought in another dtype."),
         (mine.isnan().any(), "nan comes from 0/0, inf - inf, log(0) or the root of a negative number."),
-        (cut_off and not unlike(mine, right), "detach(), item(), numpy or no_grad cut the result off from its inputs."),
     ]
     return next((hint for applies, hint in suggestions if applies), "")
 

@@ -16,6 +16,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -36,34 +37,38 @@ class Mutant(NamedTuple):
 @functools.cache
 def mutants(function: Callable) -> tuple[Mutant, ...]:
     """All of them; none if the function's source cannot be had."""
-    tree = _tree(function)
-    return () if tree is None else tuple(_mutate(function, tree))
-
-
-def _mutate(function: Callable, tree: ast.FunctionDef) -> Iterator[Mutant]:
+    function = inspect.unwrap(function)  # tests decorate the whole package
+    if not isinstance(function, types.FunctionType):
+        return ()
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    space = {"torch": torch} | function.__globals__ | {name: cell.cell_contents for name, cell in cells}
+    space = function.__globals__ | {name: cell.cell_contents for name, cell in cells} | {"torch": _QUIET}
     space |= {"__limited": _limited, "__ticking": _ticking}
+    made = []
+    for words, code in _compiled(function.__code__, function.__module__):
+        exec(code, space)
+        made.append(Mutant(words, space["mutant"]))
+    return tuple(made)
+
+
+@functools.cache
+def _compiled(code: types.CodeType, module: str | None) -> tuple[tuple[str, types.CodeType], ...]:
+    """Words and code of each; functions that differ in their closures alone have them in common."""
+    tree, made = _tree(code, sys.modules.get(module)), []
+    if tree is None:
+        return ()
     _annotate(tree)
-    module = ast.Module([tree], [])
+    whole = ast.fix_missing_locations(ast.Module([tree], []))
     for node, put in list(_sites(tree)):
-        for change in OPERATORS:
-            for wrong, words in change(node):
-                put(wrong)
-                try:
-                    code = compile(ast.fix_missing_locations(module), "<mutant>", "exec")
-                    exec(code, space)
-                    yield Mutant(words, space[tree.name])
-                except (SyntaxError, ValueError, TypeError):
-                    pass  # no Python: an assignment to a sum, say
-                finally:
-                    put(node)
+        for wrong, words in (found for change in OPERATORS for found in change(node)):
+            put(ast.fix_missing_locations(wrong))
+            with suppress(SyntaxError, ValueError, TypeError):  # no Python: an assignment to a sum, say
+                made.append((words, compile(whole, "<mutant>", "exec")))
+            put(node)
+    return tuple(made)
 
 
-def _tree(function: Callable) -> ast.FunctionDef | None:
+def _tree(code: types.CodeType, module: types.ModuleType | None) -> ast.FunctionDef | None:
     """A function's own tree, out of its module's; a lambda's as a function."""
-    code = getattr(function, "__code__", None)
-    module = code and sys.modules.get(function.__module__)
     parsed = module and _parsed(module)
     for node in ast.walk(parsed) if parsed else ():
         first = min([getattr(node, "lineno", 0), *(d.lineno for d in getattr(node, "decorator_list", ()))])
@@ -112,6 +117,27 @@ def _limited(items: Iterable) -> Iterator:
         yield item
 
 
+def _finite(function: Callable) -> Callable:
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if not all(arg.isfinite().all() for arg in args if isinstance(arg, torch.Tensor)):
+            raise ValueError("nan")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+class _Quiet(types.ModuleType):
+    """torch, but LAPACK is not asked about nan: it would print its opinion past all of Python's redirections."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+_QUIET = _Quiet("torch")
+_QUIET.linalg = types.SimpleNamespace(**vars(torch.linalg))
+_QUIET.linalg.lstsq = _finite(torch.linalg.lstsq)
+
+
 def _ticking() -> Iterator[int]:
     yield from _limited(iter(int, 1))
 
@@ -133,7 +159,8 @@ def _annotate(tree: ast.FunctionDef) -> None:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in known:
             node.parameter, node.parameters = node.id in parameters, parameters
             node.others = [name for name in known if name != node.id and not name.startswith("_")]
-            node.known_parameters = parameters if len(parameters) < 7 else ()
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
+            node.known_parameters = parameters
 
 
 def _sites(node: ast.AST) -> Iterator[tuple[ast.AST, Callable]]:
@@ -170,7 +197,8 @@ def parameter_mutants(function: Callable) -> tuple[Mutant, ...]:
 
 
 def _with(function: Callable, name: str, change: Callable) -> Callable:
-    return lambda **given: function(**given | {name: change(given[name])})
+    finite = _finite(lambda changed, given: function(**given | {name: changed}))
+    return lambda **given: finite(change(given[name]), given)
 
 
 def _swapped(function: Callable, one: str, other: str) -> Callable:

@@ -51,8 +51,9 @@ UNARY = {  # words with {} for what is changed
     "A.clamp(min=0)": "{} were cut off at 0",
     "A.unsqueeze(1)": "{} had one axis more, (n, 1), and met (n,): a table of all pairs",
 }
-EVERYWHERE = ("A ** 2", "A ** 0.5", "-A", "A * 0", "A * 0 + 1", "1 / A", "1 - A", "abs(A)", "A.exp()", "A.detach()")
-EVERYWHERE += ("A + 1", "A - 1", "A.clamp(min=0)", "A.unsqueeze(1)")
+OF_A_NAME = ("A ** 2", "A ** 0.5", "-A", "A * 0", "A * 0 + 1", "1 / A", "1 - A", "abs(A)", "A + 1", "A - 1")
+OF_A_NAME += ("A.exp()", "A.log()", "A.detach()", "A.unsqueeze(1)")
+OF_A_RESULT = ("A ** 2", "A ** 0.5", "-A", "abs(A)", "1 - A", "A * 0", "A.clamp(min=0)", "A.exp()", "A.detach()")
 
 
 @functools.cache
@@ -82,12 +83,17 @@ def _what(node: ast.AST) -> str:
 
 @operator
 def a_value(node: ast.AST) -> Found:
-    loaded = isinstance(getattr(node, "ctx", None), ast.Load) and not isinstance(node, ast.Starred | ast.Tuple)
-    if loaded or isinstance(node, ast.BinOp | ast.Call):
-        for source in EVERYWHERE:
-            yield make(source, A=node), UNARY[source].format(_what(node))
-        for name in getattr(node, "known_parameters", ()):
-            yield make("A * B", A=node, B=ast.Name(name, ast.Load())), f"`{name}` multiplied something more than is due"
+    name = isinstance(node, ast.Name | ast.Subscript) and isinstance(node.ctx, ast.Load)
+    for source in OF_A_NAME if name else OF_A_RESULT if isinstance(node, ast.BinOp | ast.Call) else ():
+        yield make(source, A=node), UNARY[source].format(_what(node))
+
+
+@operator
+def a_factor_more(node: ast.AST) -> Found:
+    for name in getattr(node, "known_parameters", ()):
+        words = f"`{name}` multiplied something more than is due"
+        yield ast.BinOp(make("A * B", A=node.left, B=ast.Name(name, ast.Load())), node.op, node.right), words
+        yield ast.BinOp(node.left, node.op, make("A * B", A=node.right, B=ast.Name(name, ast.Load()))), words
 
 
 @operator
@@ -176,7 +182,7 @@ def brackets(node: ast.AST) -> Found:
 
 @operator
 def the_order(node: ast.AST) -> Found:
-    """Of two steps: a sum of squares or the square of a sum, f(a - b) or f(a) - f(b), the mean of f or f of the mean."""
+    """A sum of squares or the square of a sum, f(a - b) or f(a) - f(b), the mean of f or f of the mean."""
     outer = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func
     inner = outer.value if outer else node
     words = "two steps were taken in the other order"
@@ -244,8 +250,24 @@ EXCHANGED = [  # two that are taken for each other
     ("softmax", "log_softmax"), ("std", "mean"), ("sigmoid", "exp"), ("logsigmoid", "sigmoid"), ("softplus", "relu"),
     ("zeros", "ones"), ("logsigmoid", "relu"), ("ceil", "floor"), ("mean", "amax"),
 ]  # fmt: skip
-REDUCING = ["sum", "mean", "prod", "std", "var", "amax", "amin", "argmax", "argmin", "all", "any", "max", "min", "median", "logsumexp", "norm", "vector_norm"]
-ALONG = [*REDUCING, *["softmax", "log_softmax", "cumsum", "cumprod", "flip", "sort", "argsort", "unbind", "diff", "stack", "cat"]]
+REDUCING = {
+    "sum",
+    "mean",
+    "prod",
+    "std",
+    "var",
+    "amax",
+    "amin",
+    "argmax",
+    "argmin",
+    "all",
+    "any",
+    "max",
+    "min",
+    "median",
+}
+REDUCING |= {"logsumexp", "norm", "vector_norm"}
+ALONG = REDUCING | {"softmax", "log_softmax", "cumsum", "cumprod", "flip", "sort", "argsort", "unbind", "diff", "stack"}
 
 
 @operator
@@ -282,7 +304,7 @@ def a_neighbour(node: ast.AST) -> Found:
         yield make("torch.sigmoid(A).log()", A=x), "exp overflowed before the logarithm was taken"
         yield (
             make("(torch.sigmoid(A) + 1e-8).log()", A=x),
-            "a small constant kept the logarithm from -inf, and was wrong",
+            "a small constant stood in a logarithm",
         )
         yield make("-(1 + torch.exp(-A)).log()", A=x), "exp overflowed before the logarithm was taken"
     if name == "mean" and isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
@@ -324,7 +346,7 @@ def bessel(node: ast.AST) -> Found:
     """n - 1 or n below the sum of squares."""
     if _called(node) in ("std", "var"):
         given = [k for k in node.keywords if k.arg in ("correction", "unbiased")]
-        population = any(not k.value.value for k in given)
+        population = any(not getattr(k.value, "value", True) for k in given)
         changed = copy.copy(node)
         changed.keywords = [k for k in node.keywords if k not in given]
         changed.keywords += [ast.keyword("correction", ast.Constant(1 if population else 0))]

@@ -143,13 +143,7 @@ RUNNING_ADVANTAGES = Exercise(
             buffer_size=5,
             min_count=4,
         ),
-        "equal rewards": dict(
-            buffers={"cow": [2.0, 2.0]},
-            prompts=["cow", "cow", "hen"],
-            rewards=torch.tensor([2.0, 2.0, 2.0]),
-            buffer_size=4,
-            min_count=3,
-        ),
+        "equal rewards": _script()[0] | dict(buffers={"hen": [1.0]}, rewards=torch.ones(3)),
         "drawn, float64": _running_case,
     },
     mistakes={

@@ -3,6 +3,10 @@
 import torch
 
 
+def error_by_std(values):
+    return values.std() / len(values) ** 0.5
+
+
 def error_by_formula(values):
     n = len(values)
     squares = (values - values.mean()) ** 2
@@ -14,8 +18,8 @@ def error_by_variance(values):
 
 
 def red_by_channel(images, prompts):
-    others = (images[:, 1] + images[:, 2]) / 2
-    return (images[:, 0] - others).mean((1, 2))
+    red, green, blue = images[:, 0], images[:, 1], images[:, 2]
+    return (red - (green + blue) / 2).mean((1, 2))
 
 
 def red_by_means(images, prompts):
@@ -51,7 +55,7 @@ def best_by_offset(samples, scores, n):
 
 
 FORMS = {
-    "00/standard_error": [error_by_formula, error_by_variance],
+    "00/standard_error": [error_by_std, error_by_formula, error_by_variance],
     "00/redness": [red_by_channel, red_by_means, red_by_picture],
     "00/best_of_n": [best_by_loop, best_by_group, best_by_offset],
 }

@@ -1,5 +1,7 @@
 """Chapter 04: right solutions as students write them."""
 
+from itertools import pairwise
+
 import torch
 
 from minialign.kernels import expand_as
@@ -57,7 +59,7 @@ def slope_by_product(alpha_bar, std):
 
 def slope_by_closed_step(alpha_bar, std):
     slope = alpha_bar.new_tensor(1.0)
-    for a, b in zip(alpha_bar[:-1], alpha_bar[1:], strict=True):
+    for a, b in pairwise(alpha_bar):
         variance = a * std**2 + 1 - a
         slope = slope * ((a * b).sqrt() * std**2 + ((1 - a) * (1 - b)).sqrt()) / variance
     return slope

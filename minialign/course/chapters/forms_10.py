@@ -34,7 +34,7 @@ def group_by_table(rewards, group, eps):
 def running_in_two_loops(buffers, prompts, rewards, buffer_size, min_count):
     buffers = {prompt: list(held) for prompt, held in buffers.items()}
     for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-        held = buffers.get(prompt, []) + [reward]
+        held = [*buffers.get(prompt, []), reward]
         buffers[prompt] = held[-buffer_size:]
     advantages = []
     for prompt, reward in zip(prompts, rewards, strict=True):
