@@ -24,11 +24,11 @@ def _wait_less() -> None:
     if sys.platform != "linux" or theirs:
         return
     if "torch" not in sys.modules:
-        os.environ["GOMP_SPINCOUNT"] = "10000"
+        os.environ["GOMP_SPINCOUNT"] = "3000"
     elif not sys.modules["torch"].cuda.is_available():
         warnings.warn(
             "torch was loaded before minialign, and its threads will spin where another program is busy: import "
-            "minialign first, or set GOMP_SPINCOUNT=10000.",
+            "minialign first, or set GOMP_SPINCOUNT=3000.",
             stacklevel=3,
         )
 

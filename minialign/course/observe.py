@@ -4,10 +4,13 @@ Apart from `check`, so that a grader can observe in one process and judge in ano
 """
 
 import copy
+import dis
+import inspect
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +26,7 @@ class Outcome:
     """What one call did."""
 
     value: Any = None  # tensors, numbers and strings in lists and dicts
-    error: str = ""  # the exception's type
+    error: str = ""  # the exception's type, or "NoReturn"
     trace: str = ""  # its message and the line of the student's that led to it
     mutated: tuple[str, ...] = ()  # arguments changed in place
     grads: Mapping[str, Tensor] = field(default_factory=dict)  # of a weighted sum of the value; zero if detached
@@ -39,16 +42,43 @@ def observe(function: Any, case: Mapping[str, Any], grad_wrt: Sequence[str] = ()
             warnings.simplefilter("ignore")  # a graded cell with anything on stderr earns nothing
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.default_generator.manual_seed(0)
-                value = function(**given)
+                value = call(function, given)
+            if value is None and not _untouched(function):
+                return Outcome(error="NoReturn", trace="NoReturn: it computes something, and returns nothing")
             mutated = tuple(name for name in case if _bits(given[name]) != _bits(case[name]))
             return Outcome(_detach(value), mutated=mutated, grads=_gradients(value, sources))
     except (Exception, SystemExit) as error:
         return Outcome(error=type(error).__name__, trace=_blame(error, function))
 
 
+def call(function: Callable, given: Mapping[str, Any]) -> Any:
+    """By name; by position if the student's parameters are as many, and are called otherwise."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(**given)
+    except TypeError:  # no such names
+        try:
+            signature.bind(*given.values())
+        except (TypeError, NameError):  # nor so many: the call itself says it best
+            return function(**given)
+        return function(*given.values())
+    except ValueError:  # a builtin without a signature
+        pass
+    return function(**given)
+
+
+def _untouched(function: Any) -> bool:
+    """Is it a stub, a `def` of nothing but a docstring, `...` or `pass`? (A lambda that returns None was written.)"""
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_name == "<lambda>":
+        return False
+    idle = ("RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "POP_TOP", "CACHE", "COPY_FREE_VARS")
+    return all(step.opname in idle for step in dis.get_instructions(code))
+
+
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, leaf) of nested tuples, lists and dicts."""
-    if isinstance(value, Mapping | tuple | list):
+    if isinstance(value, Mapping | tuple | list | deque):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from leaves(item, f"{path}[{key!r}]")
     else:
@@ -83,7 +113,7 @@ def _copy(value: Any) -> Any:
 def _detach(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _detach(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list | deque):
         return [_detach(item) for item in value]
     return value.detach() if type(value) in TENSORS else value
 

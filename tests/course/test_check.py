@@ -133,6 +133,15 @@ def only_means(x, mean, std, reduction):
     return own(x, mean, std, reduction)
 
 
+def forgets_to_return(x, mean, std, reduction):
+    terms = x - mean  # noqa: F841
+
+
+def forgets_it_for_sums(x, mean, std, reduction):
+    if reduction == "mean":
+        return own(x, mean, std, reduction)
+
+
 def noisy(x, mean, std, reduction):
     import warnings
 
@@ -148,7 +157,16 @@ def test_right_answer_passes_20_of_20_on_fresh_inputs(capsys):
     assert capsys.readouterr().out == "99/log_prob: passed, 3 of 3 points (9 cases).\n" * 20
 
 
-@pytest.mark.parametrize("stub", [lambda **k: None, lambda **k: ..., raise_not_implemented, None, ...])
+def untouched(x, mean, std, reduction):
+    """As the student's edition has it: a docstring and a comment."""
+    # YOUR CODE HERE
+
+
+def passing(**k):
+    pass
+
+
+@pytest.mark.parametrize("stub", [untouched, passing, lambda **k: ..., raise_not_implemented, None, ...])
 def test_stub_is_not_attempted_and_a_working_function_is_handed_on(stub, capsys):
     assert check("99/log_prob", stub) == (log_prob, 0.0)
     assert capsys.readouterr().out.startswith("99/log_prob: not attempted yet, 0 of 3 points.\n")
@@ -164,18 +182,22 @@ def test_running_the_check_twice_does_not_grade_the_reference(capsys):
     ("wrong", "words"),
     [
         (lambda **k: 0, "returned a number; expected a float32 tensor of shape (1,)"),
-        (lambda **k: torch.zeros(()), "returned a float32 tensor of shape (); expected a float32 tensor of shape (1,)"),
+        (lambda **k: torch.zeros(()), "returned a float32 tensor of shape (); expected a float32 tensor of shape (3,)"),
         (lambda **k: own(**k) * float("nan"), "nan comes from"),
-        (lambda **k: own(**k)[:, None], "a last axis of size 1 is left over"),
-        (lambda **k: own(**k)[:, None] + 0 * own(**k), "silently makes (batch, batch)"),
-        (lambda **k: own(**k).double(), "brought in another dtype"),
+        (lambda **k: own(**k)[:, None], "only the shape is not: a float32 tensor of shape (3, 1)"),
+        (lambda **k: own(**k)[:, None] + 1 + 0.3 * own(**k), "silently makes (batch, batch)"),
+        (lambda **k: own(**k).bfloat16(), "brought in another dtype"),
         (lambda **k: own(**k).detach(), "no gradient flows back to mean"),
-        (lambda **k: own(**k).tolist(), "returned 1 values; expected a float32 tensor"),
-        (lambda **k: -own(**k), "-1 times the expected ones"),
-        (lambda **k: own(**k) + 1, "1 more than the expected ones"),
+        (lambda **k: own(**k).tolist(), "only what holds them is not: 3 values"),
+        (lambda **k: -own(**k), "as if the sign of the result were turned"),
+        (lambda **k: own(**k) + 0.37, "0.37 more than the expected ones"),
+        (lambda **k: 0.37 * own(**k), "0.37 times the expected ones"),
         (lambda **k: AlwaysEqual(), "an object of type AlwaysEqual"),
         (lambda **k: own(**k).as_subclass(Forged) + 9, "an object of type Forged"),
-        (lambda x: x, "raised TypeError"),
+        (lambda x: x, "it takes other arguments than the given `def`"),
+        (lambda **k: None, "a `return` is missing"),
+        (forgets_to_return, "a `return` is missing"),
+        (forgets_it_for_sums, "in some cases the function ends without a `return`"),
         (lambda **k: own(**k) + 0.01 * k["x"].sum(-1).square() + 0.01 * k["std"], "none of the usual mistakes"),
         (raise_halfway, "raised RuntimeError"),
         (raise_halfway, "return z @ std[:, None, None]"),
@@ -425,7 +447,7 @@ def test_lazy_answers_are_refused(exercise):
 
         return answer
 
-    assert verdict(lambda **k: None, exercise).status == "not attempted"
+    assert verdict(passing, exercise).status == "not attempted"
     for lazy in (
         lambda **k: 0,
         lambda **k: AlwaysEqual(),

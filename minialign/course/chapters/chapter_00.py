@@ -24,12 +24,12 @@ REDNESS = Exercise(
     "00/redness",
     points=2,
     reference=redness,
-    cases=[
-        dict(images=_RED_THEN_PAPER, prompts=["a red circle", "a blue square"]),
-        dict(images=_RED_THEN_PAPER[:1].expand(1, 3, 3, 2), prompts=["a red circle"]),
-        _pictures,
-        lambda g: _pictures(g, torch.float64),
-    ],
+    cases={
+        "a red and a paper-white pixel": dict(images=_RED_THEN_PAPER, prompts=["a red circle", "a blue square"]),
+        "one picture": dict(images=_RED_THEN_PAPER[:1].expand(1, 3, 3, 2), prompts=["a red circle"]),
+        "several pictures": _pictures,
+        "float64": lambda g: _pictures(g, torch.float64),
+    },
     mistakes={
         "one number for the whole batch: then no picture is better than another, and nothing can be learned.": (
             lambda images, prompts: redness(images, prompts).mean()
@@ -53,7 +53,6 @@ REDNESS = Exercise(
             lambda images, prompts: -redness(images, prompts)
         ),
     },
-    grad_wrt=("images",),
 )
 
 # ---- how sure one is of a mean ---------------------------------------------------------------------------------------
@@ -68,13 +67,13 @@ STANDARD_ERROR = Exercise(
     "00/standard_error",
     points=2,
     reference=standard_error,
-    cases=[
-        dict(values=torch.tensor([1.0, 0.0])),
-        dict(values=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])),
-        dict(values=torch.full((5,), 0.5)),
-        lambda g: dict(values=3 + 2 * torch.randn(11, generator=g)),
-        lambda g: dict(values=torch.randn(7, generator=g, dtype=torch.float64)),
-    ],
+    cases={
+        "two values": dict(values=torch.tensor([1.0, 0.0])),
+        "values of 0 and 1": dict(values=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])),
+        "equal values": dict(values=torch.full((5,), 0.5)),
+        "float32": lambda g: dict(values=3 + 2 * torch.randn(11, generator=g)),
+        "float64": lambda g: dict(values=torch.randn(7, generator=g, dtype=torch.float64)),
+    },
     mistakes={
         "this is the spread of single values; that of their mean shrinks as n grows.": lambda values: values.std(),
         "divided by n; errors partly cancel, and the mean's shrinks with the root of n only.": lambda values: (
@@ -127,14 +126,14 @@ BEST_OF_N = Exercise(
     "00/best_of_n",
     points=3,
     reference=best_of_n,
-    cases=[
-        dict(samples=_numbered(2, (1,)), scores=torch.tensor([0.25, 0.75]), n=2),
-        dict(samples=_numbered(6), scores=torch.tensor([0.5, 0.25, 1.0, 0.0, 0.75, 0.125]), n=3),
-        dict(samples=_numbered(6), scores=torch.tensor([0.9, 0.8, 0.1, 0.2, 0.7, 0.6]), n=2),
-        dict(samples=_numbered(3), scores=torch.tensor([0.5, 0.25, 1.0]), n=1),
-        _shuffled(5, 3, (3, 2, 2)),
-        _shuffled(2, 7, (2,)),
-    ],
+    cases={
+        "one group": dict(samples=_numbered(2, (1,)), scores=torch.tensor([0.25, 0.75]), n=2),
+        "two groups": dict(samples=_numbered(6), scores=torch.tensor([0.5, 0.25, 1.0, 0.0, 0.75, 0.125]), n=3),
+        "three groups": dict(samples=_numbered(6), scores=torch.tensor([0.9, 0.8, 0.1, 0.2, 0.7, 0.6]), n=2),
+        "groups of one": dict(samples=_numbered(3), scores=torch.tensor([0.5, 0.25, 1.0]), n=1),
+        "many axes": _shuffled(5, 3, (3, 2, 2)),
+        "larger groups": _shuffled(2, 7, (2,)),
+    },
     mistakes={
         "argmax counts within its group, from 0 to n - 1; the third group starts at sample 2 n.": (
             lambda samples, scores, n: samples[scores.view(-1, n).argmax(1)]

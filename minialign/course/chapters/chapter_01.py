@@ -197,18 +197,20 @@ exercises = [
         "01/predict_denoised",
         points=2,
         reference=predict_denoised,
-        cases=[
-            dict(
+        cases={
+            "one number, epsilon": dict(
                 model_output=torch.tensor([[0.5]]),
                 state=torch.tensor([[2.0]]),
                 alpha_bar=torch.tensor([0.36]),
                 prediction_type="epsilon",
             ),
-            _prediction("epsilon"),
-            _prediction("v_prediction"),
-            _prediction("sample"),
-            _prediction("epsilon", (3,), F64),  # a square: silent if alpha_bar lines up with the wrong axis
-        ],
+            "epsilon": _prediction("epsilon"),
+            "v_prediction": _prediction("v_prediction"),
+            "sample": _prediction("sample"),
+            "a square batch, float64": _prediction(
+                "epsilon", (3,), F64
+            ),  # a square: silent if alpha_bar lines up with the wrong axis
+        },
         mistakes={
             LINED_UP: _denoised_unexpanded,
             "all three prediction types are treated as noise predictions": _always_epsilon,
@@ -233,13 +235,15 @@ exercises = [
         "01/ddim_std",
         points=2,
         reference=ddim_std,
-        cases=[
-            dict(alpha_bar=torch.tensor([0.2]), alpha_bar_next=torch.tensor([0.6]), eta=1.0),
-            dict(alpha_bar=torch.tensor([0.2, 0.9]), alpha_bar_next=torch.tensor([0.6, 1.0]), eta=1.0),
-            _std(1.0),
-            _std(0.3, F64),
-            _std(0.0),
-        ],
+        cases={
+            "eta = 1": dict(alpha_bar=torch.tensor([0.2]), alpha_bar_next=torch.tensor([0.6]), eta=1.0),
+            "a last step, to alpha_bar 1": dict(
+                alpha_bar=torch.tensor([0.2, 0.9]), alpha_bar_next=torch.tensor([0.6, 1.0]), eta=1.0
+            ),
+            "eta = 1, drawn": _std(1.0),
+            "eta below 1, float64": _std(0.3, F64),
+            "eta = 0": _std(0.0),
+        },
         mistakes={
             "this is the variance; the standard deviation is its root": lambda alpha_bar, alpha_bar_next, eta: (
                 ddim_std(alpha_bar, alpha_bar_next, eta) ** 2
@@ -260,22 +264,22 @@ exercises = [
         "01/ddim_mean",
         points=2,
         reference=ddim_mean,
-        cases=[
-            dict(
+        cases={
+            "one number": dict(
                 denoised=torch.tensor([[1.0]]),
                 noise_pred=torch.tensor([[-1.0]]),
                 alpha_bar_next=torch.tensor([0.64]),
                 std=torch.tensor([0.3]),
             ),
-            dict(
+            "a last step, to alpha_bar 1": dict(
                 denoised=torch.tensor([[1.0, 3.0]]),
                 noise_pred=torch.tensor([[2.0, -1.0]]),
                 alpha_bar_next=torch.ones(1),
                 std=torch.zeros(1),
             ),
-            _mean((2, 5)),
-            _mean((7,), F64),
-        ],
+            "several axes": _mean((2, 5)),
+            "float64": _mean((7,), F64),
+        },
         mistakes={
             LINED_UP: _mean_unexpanded,
             "denoised and noise_pred have changed places": lambda denoised, noise_pred, alpha_bar_next, std: ddim_mean(
@@ -304,13 +308,17 @@ exercises = [
         "01/gaussian_log_prob",
         points=3,
         reference=gaussian_log_prob,
-        cases=[
-            dict(x=torch.tensor([[1.0]]), mean=torch.zeros(1, 1), std=torch.tensor([2.0]), reduction="sum"),
-            dict(x=torch.ones(2, 3), mean=torch.ones(2, 3), std=torch.tensor([0.5, 3.0]), reduction="sum"),
-            _density("sum"),
-            _density("mean"),
-            _density("mean", (7,), F64),
-        ],
+        cases={
+            "one number": dict(
+                x=torch.tensor([[1.0]]), mean=torch.zeros(1, 1), std=torch.tensor([2.0]), reduction="sum"
+            ),
+            "x at its mean": dict(
+                x=torch.ones(2, 3), mean=torch.ones(2, 3), std=torch.tensor([0.5, 3.0]), reduction="sum"
+            ),
+            "sum": _density("sum"),
+            "mean": _density("mean"),
+            "mean, float64": _density("mean", (7,), F64),
+        },
         mistakes={
             LINED_UP: _density_unexpanded,
             "only the quadratic term is there: what makes the density integrate to 1 is missing": _density_with(
@@ -348,13 +356,17 @@ exercises = [
         "01/gain",
         points=2,
         reference=gain,
-        cases=[
-            dict(alpha_bar=torch.tensor([0.36]), alpha_bar_next=torch.tensor([0.64]), std=torch.tensor([0.3])),
-            dict(alpha_bar=torch.tensor([0.36]), alpha_bar_next=torch.ones(1), std=torch.zeros(1)),
-            _SHEET | {"std": ddim_std(*_SHEET.values(), 1.0)},
-            _gain(),
-            _gain(F64),
-        ],
+        cases={
+            "one step": dict(
+                alpha_bar=torch.tensor([0.36]), alpha_bar_next=torch.tensor([0.64]), std=torch.tensor([0.3])
+            ),
+            "a last step, to alpha_bar 1": dict(
+                alpha_bar=torch.tensor([0.36]), alpha_bar_next=torch.ones(1), std=torch.zeros(1)
+            ),
+            "five timesteps of a scheduler": _SHEET | {"std": ddim_std(*_SHEET.values(), 1.0)},
+            "float32": _gain(),
+            "float64": _gain(F64),
+        },
         mistakes={
             "the sign is wrong: more predicted noise means that more is taken off": lambda **k: -gain(**k),
             "noise_pred enters the mean twice: denoised depends on it as well": lambda alpha_bar, alpha_bar_next, std: (
@@ -389,12 +401,12 @@ exercises = [
         "01/reinforce_loss",
         points=3,
         reference=reinforce_loss,
-        cases=[
-            dict(log_probs=torch.tensor([[1.0, 2.0], [0.0, -1.0]]), rewards=torch.tensor([1.0, 0.0])),
-            dict(log_probs=torch.tensor([[1.0, 2.0], [0.0, -1.0]]), rewards=torch.tensor([5.0, 5.0])),
-            _episode(5, 3),
-            _episode(3, 7, F64),
-        ],
+        cases={
+            "two runs": dict(log_probs=torch.tensor([[1.0, 2.0], [0.0, -1.0]]), rewards=torch.tensor([1.0, 0.0])),
+            "equal rewards": dict(log_probs=torch.tensor([[1.0, 2.0], [0.0, -1.0]]), rewards=torch.tensor([5.0, 5.0])),
+            "float32": _episode(5, 3),
+            "float64": _episode(3, 7, F64),
+        },
         mistakes={
             "optimizers minimise: a gradient step on this lowers the reward": lambda **k: -reinforce_loss(**k),
             "the baseline is missing: take the batch's mean reward off first": lambda log_probs, rewards: (

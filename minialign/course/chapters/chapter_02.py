@@ -38,12 +38,12 @@ def _point_case(d, r, dtype=torch.float64):
     return case
 
 
-POINT_CASES = [
-    _one_direction([3.0, 5.0], sigma=2.0),
-    _point_case(5, 2),
-    _point_case(3, 3),
-    _point_case(4, 1, torch.float32),
-]
+POINT_CASES = {
+    "a plane, one mode": _one_direction([3.0, 5.0], sigma=2.0),
+    "fewer modes than axes": _point_case(5, 2),
+    "as many modes as axes": _point_case(3, 3),
+    "float32": _point_case(4, 1, torch.float32),
+}
 
 # ---- the score of a Gaussian -----------------------------------------------------------------------------------------
 
@@ -177,11 +177,11 @@ SWITCH_ON = Exercise(
     "02/switch_on",
     points=2,
     reference=switch_on,
-    cases=[
-        dict(values=torch.tensor([4.0]), share=0.5),
-        dict(values=torch.tensor([9.0, 1.0, 0.04]), share=0.9),
-        _switch_case,
-    ],
+    cases={
+        "share 1/2": dict(values=torch.tensor([4.0]), share=0.5),
+        "three modes": dict(values=torch.tensor([9.0, 1.0, 0.04]), share=0.9),
+        "drawn": _switch_case,
+    },
     mistakes={
         "this is sigma^2: the noise level is its root.": lambda values, share: values * (1 - share) / share,
         "share and 1 - share are swapped: to see more of a mode takes less noise.": lambda values, share: (
@@ -223,16 +223,16 @@ EXPLAINED_VARIANCE = Exercise(
     "02/explained_variance",
     points=2,
     reference=explained_variance,
-    cases=[
-        dict(
+    cases={
+        "one sample": dict(
             target=torch.tensor([[2.0, 0.0]]),
             approximation=torch.tensor([[1.0, 0.0]]),
             centre=torch.tensor([0.0, 1.0]),
         ),
-        _ev_case(),
-        _ev_case(torch.float64, (4, 2), one_centre=False),
-        _ev_case(torch.float64, (3, 1, 2, 2)),
-    ],
+        "one centre for all": _ev_case(),
+        "a centre each": _ev_case(torch.float64, (4, 2), one_centre=False),
+        "pictures": _ev_case(torch.float64, (3, 1, 2, 2)),
+    },
     mistakes={
         "this is the share that is left unexplained: subtract it from 1.": lambda target, approximation, centre: (
             (target - approximation).square().sum() / (target - centre).square().sum()
@@ -306,13 +306,15 @@ DELTA_DENOISED = Exercise(
     points=3,
     reference=delta_denoised,
     tolerance=1e-4,
-    cases=[
-        dict(x=torch.tensor([[1.0]]), sigma=2.0, data=torch.tensor([[0.0], [4.0]])),
-        dict(x=torch.tensor([[1.0, 0.0], [9.0, 9.0]]), sigma=0.05, data=torch.tensor([[0.0, 0.0], [4.0, 4.0]])),
-        _delta_case(0.8),
-        _delta_case(1.7),
-        _delta_case(0.6, torch.float32, 3),
-    ],
+    cases={
+        "one axis": dict(x=torch.tensor([[1.0]]), sigma=2.0, data=torch.tensor([[0.0], [4.0]])),
+        "a small sigma": dict(
+            x=torch.tensor([[1.0, 0.0], [9.0, 9.0]]), sigma=0.05, data=torch.tensor([[0.0, 0.0], [4.0, 4.0]])
+        ),
+        "sigma below 1": _delta_case(0.8),
+        "sigma above 1": _delta_case(1.7),
+        "float32": _delta_case(0.6, torch.float32, 3),
+    },
     mistakes={
         "exp underflows: at small sigma all weights are 0. softmax subtracts the largest exponent first.": _deltas(
             _naive
@@ -381,14 +383,14 @@ GAUSSIAN_FLOW = Exercise(
     "02/gaussian_flow",
     points=4,
     reference=gaussian_flow,
-    cases=[
-        _one_direction([4.0, 5.0], sigma_from=3.0, sigma_to=1.0),
-        _line(10.0),
-        _line(0.0),
-        _path_case(5, 2),
-        _path_case(4, 4),
-        _path_case(4, 1, torch.float32),
-    ],
+    cases={
+        "a plane, one mode": _one_direction([4.0, 5.0], sigma_from=3.0, sigma_to=1.0),
+        "a line, from far out": _line(10.0),
+        "to sigma 0": _line(0.0),
+        "fewer modes than axes": _path_case(5, 2),
+        "as many modes as axes": _path_case(4, 4),
+        "float32": _path_case(4, 1, torch.float32),
+    },
     mistakes={
         "the root is missing: y shrinks like the standard deviation sqrt(sigma^2 + lambda), not like the variance.": (
             _flow(lambda y, inside, v, s, n: inside((n**2 + v) / (s**2 + v)) + n / s * _outside(y, inside, v))

@@ -44,12 +44,20 @@ KARRAS_SIGMAS = Exercise(
     "03/karras_sigmas",
     points=2,
     reference=karras_sigmas,
+<<<<<<< HEAD
     cases=[
         dict(num_points=3, sigma_min=1.0, sigma_max=9.0, rho=2.0),
         dict(num_points=18, sigma_min=0.002, sigma_max=80.0, rho=7.0),
         dict(num_points=5, sigma_min=0.01, sigma_max=2.5, rho=7.0),
         _grid_case,
     ],
+=======
+    cases={
+        "three levels, rho = 2": dict(num_points=3, sigma_min=1.0, sigma_max=9.0, rho=2.0),
+        "the usual grid": dict(num_points=18, sigma_min=0.002, sigma_max=80.0, rho=7.0),
+        "five levels": dict(num_points=5, sigma_min=0.01, sigma_max=2.5, rho=7.0),
+    },
+>>>>>>> mutants
     mistakes={
         "after sigma_min the noise is gone: a last level 0 is missing.": lambda *a, **k: karras_sigmas(*a, **k)[:-1],
         "noisiest first: the sampler goes down.": lambda *a, **k: karras_sigmas(*a, **k).flip(0),
@@ -137,13 +145,13 @@ HEUN_STEP = Exercise(
     "03/heun_step",
     points=3,
     reference=heun_step,
-    cases=[
-        dict(denoise=_gaussian, x=torch.tensor([[3.0]]), sigma=2.0, sigma_next=1.0),
-        dict(denoise=_gaussian, x=torch.tensor([[2.0, -1.0]]), sigma=0.5, sigma_next=0.0),
-        dict(denoise=_two_points, x=torch.tensor([[0.5, -2.0]]), sigma=1.0, sigma_next=0.5),
-        _heun_case(_gaussian),
-        _heun_case(_two_points, torch.float64),
-    ],
+    cases={
+        "Gaussian data, one number": dict(denoise=_gaussian, x=torch.tensor([[3.0]]), sigma=2.0, sigma_next=1.0),
+        "into sigma 0": dict(denoise=_gaussian, x=torch.tensor([[2.0, -1.0]]), sigma=0.5, sigma_next=0.0),
+        "two points": dict(denoise=_two_points, x=torch.tensor([[0.5, -2.0]]), sigma=1.0, sigma_next=0.5),
+        "Gaussian data": _heun_case(_gaussian),
+        "two points, float64": _heun_case(_two_points, torch.float64),
+    },
     mistakes={
         "this is Euler's step: the slope at the new level is never asked for.": _heun(
             lambda x, s, n, d, slope, y, again: y
@@ -219,36 +227,36 @@ LATE_START = Exercise(
     "03/late_start",
     points=3,
     reference=late_start,
-    cases=[
-        dict(
+    cases={
+        "a level between two of the grid": dict(
             noise=torch.tensor([[1.0, -1.0, 0.5]]),
             flow=_flow,
             sigmas=torch.tensor([10.0, 4.0, 2.0, 1.0, 0.0]),
             sigma_skip=2.5,
         ),
-        dict(  # a level of the grid is itself at or below sigma_skip
+        "a level of the grid": dict(  # a level of the grid is itself at or below sigma_skip
             noise=torch.tensor([[1.0, 2.0, 0.5]]),
             flow=_flow,
             sigmas=torch.tensor([10.0, 4.0, 2.0, 1.0, 0.0]),
             sigma_skip=4.0,
         ),
-        dict(  # above the grid: nothing is dropped, and the flow from 10 to 10 moves nothing
+        "above the grid": dict(  # above the grid: nothing is dropped, and the flow from 10 to 10 moves nothing
             noise=torch.tensor([[1.0, 2.0, 0.5]]),
             flow=_flow,
             sigmas=torch.tensor([10.0, 4.0, 2.0, 1.0, 0.0]),
             sigma_skip=12.0,
         ),
-        _start_case,
-        lambda g: _start_case(g, dtype=torch.float64),
-    ],
+        "drawn": _start_case,
+        "float64": lambda g: _start_case(g, dtype=torch.float64),
+    },
     mistakes={
-        "sigma_skip is a noise level, not the number of a step (trap 2): compare it with the levels.": _start(
+        "sigma_skip is a noise level, not the number of a step: compare it with the levels.": _start(
             count=lambda sigmas, sigma_skip: int(sigma_skip)
         ),
         "you jump to sigma_skip, but the grid begins at its own first level below: state and level must agree.": _start(
             lambda noise, flow, sigmas, grid, skip: flow(sigmas[0] * noise, sigmas[0], sigmas[0].new_tensor(skip))
         ),
-        "the state is brought to standard deviation sigma (trap 2); its data part, sqrt(lambda), belongs to it.": (
+        "the state is brought to standard deviation sigma; its data part, sqrt(lambda), belongs to it.": (
             _start(_renormalised)
         ),
         "the run begins with sigmas[0] * noise; unit noise has no business at that level.": _start(
@@ -281,13 +289,13 @@ TO_NETWORK_RANGE = Exercise(
     "03/to_network_range",
     points=1,
     reference=to_network_range,
-    cases=[
-        dict(mean=torch.tensor([0.5, 0.25]), values=torch.tensor([0.09, 0.04])),
-        lambda g: dict(mean=torch.rand(5, generator=g), values=torch.rand(3, generator=g)),
-        lambda g: dict(
+    cases={
+        "two pixels": dict(mean=torch.tensor([0.5, 0.25]), values=torch.tensor([0.09, 0.04])),
+        "float32": lambda g: dict(mean=torch.rand(5, generator=g), values=torch.rand(3, generator=g)),
+        "float64": lambda g: dict(
             mean=torch.rand(4, generator=g, dtype=torch.float64), values=torch.rand(4, generator=g).double()
         ),
-    ],
+    },
     mistakes={
         "eigenvalues are variances: twice the pixel is four times the variance.": lambda mean, values: (
             2 * mean - 1,
@@ -323,14 +331,14 @@ REVEALED = Exercise(
     "03/revealed",
     points=2,
     reference=revealed,
-    cases=[
-        dict(values=torch.tensor([4.0]), sigmas=torch.tensor([2.0])),
-        dict(values=torch.tensor([9.0, 1.0, 0.04]), sigmas=torch.tensor([10.0, 1.0, 0.1])),
-        lambda g: dict(values=5 * torch.rand(7, generator=g), sigmas=3 * torch.rand(4, generator=g) + 0.1),
-        lambda g: dict(
+    cases={
+        "one mode, one level": dict(values=torch.tensor([4.0]), sigmas=torch.tensor([2.0])),
+        "three modes and levels": dict(values=torch.tensor([9.0, 1.0, 0.04]), sigmas=torch.tensor([10.0, 1.0, 0.1])),
+        "float32": lambda g: dict(values=5 * torch.rand(7, generator=g), sigmas=3 * torch.rand(4, generator=g) + 0.1),
+        "float64": lambda g: dict(
             values=5 * torch.rand(3, generator=g, dtype=torch.float64), sigmas=torch.rand(5, generator=g).double() + 0.1
         ),
-    ],
+    },
     mistakes={
         "this is the mean gain: every mode counts alike. Weigh each by its variance.": _share(
             lambda v, s: v / (v + s**2), len
@@ -414,14 +422,16 @@ VP_JUMP = Exercise(
     "03/vp_jump",
     points=4,
     reference=vp_jump,
-    cases=[
-        dict(x=0.5 * ONE, mean=ONE[0], vectors=ONE, values=4 * ONE[0], alpha_bar_from=1e-4, alpha_bar_to=0.36),
-        _vp_case,
-        lambda g: _vp_case(g, rank=1, dtype=torch.float64),
-        lambda g: _vp_case(g, rank=5),
-    ],
+    cases={
+        "one number": dict(
+            x=0.5 * ONE, mean=ONE[0], vectors=ONE, values=4 * ONE[0], alpha_bar_from=1e-4, alpha_bar_to=0.36
+        ),
+        "fewer modes than axes": _vp_case,
+        "one mode, float64": lambda g: _vp_case(g, rank=1, dtype=torch.float64),
+        "as many modes as axes": lambda g: _vp_case(g, rank=5),
+    },
     mistakes={
-        "the part outside span(U) is lost (trap 4): its noise must stay, shrunk by sigma_to / sigma_from.": _vp(
+        "the part outside span(U) is lost: its noise must stay, shrunk by sigma_to / sigma_from.": _vp(
             lambda y, u, v, a, b: (y @ u * _ratio(v, a, b)) @ u.mT
         ),
         "the part outside span(U) keeps its size; it is all noise, so it shrinks by sigma_to / sigma_from.": _vp(
@@ -441,7 +451,7 @@ VP_JUMP = Exercise(
         "the two levels are swapped.": lambda x, mean, vectors, values, alpha_bar_from, alpha_bar_to: vp_jump(
             x, mean, vectors, values, alpha_bar_to, alpha_bar_from
         ),
-        "eigenvectors are the columns of U (trap 5): coordinates are y @ U, not y @ U'.": _vp(
+        "eigenvectors are the columns of U: coordinates are y @ U, not y @ U'.": _vp(
             lambda y, u, v, a, b: _stretched(y, u.mT, _ratio(v, a, b), _outside(a, b))
         ),
     },

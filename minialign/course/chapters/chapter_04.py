@@ -44,12 +44,12 @@ BOUNDARY_SCALINGS = Exercise(
     "04/boundary_scalings",
     points=2,
     reference=boundary_scalings,
-    cases=[
-        dict(timesteps=torch.tensor([0]), timestep_scaling=10.0, sigma_data=0.5),
-        dict(timesteps=torch.tensor([0, 1, 19, 999]), timestep_scaling=10.0, sigma_data=0.5),
-        dict(timesteps=torch.tensor([1, 2, 3]), timestep_scaling=0.1, sigma_data=0.5),
-        _timesteps_case,
-    ],
+    cases={
+        "t = 0": dict(timesteps=torch.tensor([0]), timestep_scaling=10.0, sigma_data=0.5),
+        "the usual scaling": dict(timesteps=torch.tensor([0, 1, 19, 999]), timestep_scaling=10.0, sigma_data=0.5),
+        "near the boundary": dict(timesteps=torch.tensor([1, 2, 3]), timestep_scaling=0.1, sigma_data=0.5),
+        "drawn, another sigma_data": _timesteps_case,
+    },
     mistakes={
         "the two are swapped: at t = 0 the state itself is the answer, so c_skip is 1 there.": _scalings(
             lambda tau, s, t: (_out(tau, s), _skip(tau, s))
@@ -114,23 +114,22 @@ DDIM_JUMP = Exercise(
     "04/ddim_jump",
     points=3,
     reference=ddim_jump,
-    grad_wrt=("noise_pred",),
-    cases=[
-        dict(
+    cases={
+        "one number": dict(
             noise_pred=torch.tensor([[1.0]]),
             x=torch.tensor([[1.0]]),
             alpha_bar=torch.tensor([0.36]),
             alpha_bar_next=torch.tensor([0.64]),
         ),
-        dict(
+        "a last step, to alpha_bar 1": dict(
             noise_pred=torch.tensor([[0.5, -1.0]]),
             x=torch.tensor([[2.0, 1.0]]),
             alpha_bar=torch.tensor([0.25]),
             alpha_bar_next=torch.tensor([1.0]),
         ),
-        _jump_case,
-        lambda g: _jump_case(g, torch.float64, (7, 2)),
-    ],
+        "several axes": _jump_case,
+        "float64": lambda g: _jump_case(g, torch.float64, (7, 2)),
+    },
     mistakes={
         "the two levels are swapped: undo the noise of the present one, put back that of the next.": _jump(
             lambda e, x, a, b: a.sqrt() * _guess(e, x, b) + (1 - a).sqrt() * e
@@ -196,11 +195,11 @@ FIXED_POINT_SLOPE = Exercise(
     points=4,
     reference=fixed_point_slope,
     tolerance=1e-5,
-    cases=[
-        dict(alpha_bar=torch.tensor([0.36, 0.64]), std=1.0),
-        dict(alpha_bar=torch.tensor([0.1, 0.5, 0.999], dtype=torch.float64), std=0.5),
-        _levels_case,
-    ],
+    cases={
+        "one step": dict(alpha_bar=torch.tensor([0.36, 0.64]), std=1.0),
+        "two steps, float64": dict(alpha_bar=torch.tensor([0.1, 0.5, 0.999], dtype=torch.float64), std=0.5),
+        "several steps, float64": _levels_case,
+    },
     mistakes={
         "this is the exact flow, as if every step were solved without error; a DDIM step is not.": (
             lambda alpha_bar, std: _spread(alpha_bar[-1], std) / _spread(alpha_bar[0], std)
@@ -300,8 +299,8 @@ CONSISTENCY_STEP = Exercise(
     "04/consistency_step",
     points=4,
     reference=consistency_step,
-    cases=[
-        dict(
+    cases={
+        "one number": dict(
             f=_f,
             x=torch.ones(1, 1),
             t=2,
@@ -309,7 +308,7 @@ CONSISTENCY_STEP = Exercise(
             alphas_cumprod=torch.tensor([0.99, 0.64, 0.36]),
             noise=torch.ones(1, 1),
         ),
-        dict(
+        "to t_next = 0": dict(
             f=_f,
             x=torch.ones(1, 2),
             t=1,
@@ -317,10 +316,10 @@ CONSISTENCY_STEP = Exercise(
             alphas_cumprod=torch.tensor([0.81, 0.49]),
             noise=torch.tensor([[1.0, -1.0]]),
         ),
-        _sampler_case,
-        lambda g: _sampler_case(g, last=True),
-        lambda g: _sampler_case(g, dtype=torch.float64),
-    ],
+        "another call follows": _sampler_case,
+        "the last call": lambda g: _sampler_case(g, last=True),
+        "float64": lambda g: _sampler_case(g, dtype=torch.float64),
+    },
     mistakes={
         "re-noised to the level you come from: then no call gets you any further.": _step(
             lambda y, x, a, b, z, last: y if last else _renoise(y, a, z)
@@ -389,8 +388,8 @@ DISTILLATION_LOSS = Exercise(
     points=4,
     reference=distillation_loss,
     grad_wrt=("student", "target"),
-    cases=[
-        dict(
+    cases={
+        "one sample": dict(
             f=_table,
             student=torch.tensor([1.0, 3.0]),
             target=torch.tensor([1.0, 2.0]),
@@ -399,9 +398,9 @@ DISTILLATION_LOSS = Exercise(
             x_next=torch.tensor([[1.0, 4.0]]),
             t_next=torch.tensor([0]),
         ),
-        _loss_case,
-        lambda g: _loss_case(g, torch.float64),
-    ],
+        "float32": _loss_case,
+        "float64": lambda g: _loss_case(g, torch.float64),
+    },
     mistakes={
         "the gradient reaches the target: a target that can move comes to meet the student.": _loss(
             lambda f, student, target, x, t, x_next, t_next: f(target, x_next, t_next)

@@ -29,14 +29,20 @@ GROUP_ADVANTAGES = Exercise(
     "10/group_advantages",
     points=3,
     reference=group_advantages,
-    cases=[
-        dict(rewards=torch.tensor([1.0, 0.0]), group=torch.tensor([1, 1]), eps=1e-6),
-        dict(rewards=torch.tensor([3.0, 5.0, 10.0, 14.0, 12.0]), group=torch.tensor([0, 0, 3, 3, 3]), eps=1e-6),
-        dict(rewards=torch.tensor([2.0, 2.0, 2.0, 0.0, 4.0]), group=torch.tensor([0, 0, 0, 1, 1]), eps=1e-6),
-        dict(rewards=torch.tensor([0.0, 0.002, 1.0, 2.0]), group=torch.tensor([0, 0, 1, 1]), eps=1e-4),
-        _group_case,
-        lambda g: _group_case(g, torch.float64),
-    ],
+    cases={
+        "one group": dict(rewards=torch.tensor([1.0, 0.0]), group=torch.tensor([1, 1]), eps=1e-6),
+        "groups 0 and 3": dict(
+            rewards=torch.tensor([3.0, 5.0, 10.0, 14.0, 12.0]), group=torch.tensor([0, 0, 3, 3, 3]), eps=1e-6
+        ),
+        "equal rewards": dict(
+            rewards=torch.tensor([2.0, 2.0, 2.0, 0.0, 4.0]), group=torch.tensor([0, 0, 0, 1, 1]), eps=1e-6
+        ),
+        "nearly equal rewards, a larger eps": dict(
+            rewards=torch.tensor([0.0, 0.002, 1.0, 2.0]), group=torch.tensor([0, 0, 1, 1]), eps=1e-4
+        ),
+        "mixed groups": _group_case,
+        "mixed groups, float64": lambda g: _group_case(g, torch.float64),
+    },
     mistakes={
         "these are the mean and the std of the whole batch; an easy prompt then looks good, a hard one bad.": (
             lambda rewards, group, eps: (rewards - rewards.mean()) / (rewards.std(correction=0) + eps)
@@ -128,17 +134,18 @@ RUNNING_ADVANTAGES = Exercise(
     "10/running_advantages",
     points=5,
     reference=running_advantages,
-    cases=[
-        *_script(),
-        dict(
+    cases={
+        **dict(zip(("the first round", "a buffer fills up", "a buffer forgets"), _script(), strict=True)),
+        "nobody has enough yet": dict(
             buffers={"cow": [2.0, 5.0]},
             prompts=["cow", "hen"],
             rewards=torch.tensor([3.0, 9.0]),
             buffer_size=5,
             min_count=4,
         ),
-        _running_case,
-    ],
+        "equal rewards": _script()[0] | dict(buffers={"hen": [1.0]}, rewards=torch.ones(3)),
+        "drawn, float64": _running_case,
+    },
     mistakes={
         "the new rewards enter the buffer first; only then is it asked for its mean.": _running(
             lambda old, new, batch, own, min_count: old if len(old) >= min_count else batch
@@ -218,12 +225,12 @@ CLIPPED_SURROGATE = Exercise(
     points=5,
     reference=clipped_surrogate,
     grad_wrt=("log_prob",),
-    cases=[
-        *(_one(ratio, advantage) for ratio in (0.5, 1.5) for advantage in (-1.0, 2.0)),
-        _grid_case(),
-        _surrogate_case,
-        lambda g: _surrogate_case(g, torch.float64),
-    ],
+    cases={
+        **{f"ratio {r}, advantage {a}": _one(r, a) for r in (0.5, 1.5) for a in (-1.0, 2.0)},
+        "all branches, averaged": _grid_case(),
+        "float32": _surrogate_case,
+        "float64": lambda g: _surrogate_case(g, torch.float64),
+    },
     mistakes={
         "the sign: an optimizer minimises, and a good action should become likelier.": _surrogate(
             lambda ratio, a, c: -torch.maximum(-a * ratio, -a * _clip(ratio, c))
@@ -284,17 +291,17 @@ STEP_KL = Exercise(
     points=3,
     reference=step_kl,
     grad_wrt=("noise_pred",),
-    cases=[
-        dict(
+    cases={
+        "one number": dict(
             noise_pred=torch.tensor([[1.0]]),
             noise_pred_ref=torch.tensor([[0.0]]),
             gain=torch.tensor([-0.5]),
             std=torch.tensor([0.25]),
         ),
-        _kl_case,
-        lambda g: _kl_case(g, shape=(7, 2)),
-        lambda g: _kl_case(g, torch.float64),
-    ],
+        "several axes": _kl_case,
+        "one axis": lambda g: _kl_case(g, shape=(7, 2)),
+        "float64": lambda g: _kl_case(g, torch.float64),
+    },
     mistakes={
         "this is the unweighted error of the noise, as in DPOK's code: neither gain nor std is in it.": _kl_variant(
             lambda gap, n, gain, std: gap / n
@@ -338,11 +345,13 @@ BEST_THETA = Exercise(
     "10/best_theta",
     points=4,
     reference=best_theta,
-    cases=[
-        dict(gain=torch.tensor([-2.0]), downstream=torch.tensor([0.5]), std=torch.tensor([1.0]), beta=4.0),
-        dict(gain=_SAMPLER.gain, downstream=_SAMPLER.downstream, std=_SAMPLER.step_std, beta=2.0),
-        _theta_case,
-    ],
+    cases={
+        "one step": dict(gain=torch.tensor([-2.0]), downstream=torch.tensor([0.5]), std=torch.tensor([1.0]), beta=4.0),
+        "the sampler's own steps": dict(
+            gain=_SAMPLER.gain, downstream=_SAMPLER.downstream, std=_SAMPLER.step_std, beta=2.0
+        ),
+        "drawn, float64": _theta_case,
+    },
     mistakes={
         "the sign: gain is negative, and to push x_0 up the network has to predict less noise.": (
             lambda gain, downstream, std, beta: downstream * std**2 / (beta * gain.abs())
@@ -376,6 +385,12 @@ def repaired_loss(log_prob, log_prob_old, rewards, clip_range):
     return clipped_surrogate(log_prob, log_prob_old, whiten(rewards.squeeze(-1)), clip_range)
 
 
+def _bessel(log_prob, log_prob_old, rewards, clip_range):
+    """The text does not say how to whiten."""
+    advantages = (rewards.squeeze(-1) - rewards.mean()) / (rewards.std() + 1e-8)
+    return clipped_surrogate(log_prob, log_prob_old, advantages, clip_range)
+
+
 def _planted(log_prob, log_prob_old, rewards, clip_range):
     ratio, advantages = (log_prob - log_prob_old).exp(), whiten(rewards)  # by hand: the kernel may refuse the shape
     return torch.maximum(-advantages * ratio, -advantages * _clip(ratio, clip_range)).mean()
@@ -391,16 +406,17 @@ REPAIRED_LOSS = Exercise(
     "10/repaired_loss",
     points=3,
     reference=repaired_loss,
+    also=[_bessel],
     grad_wrt=("log_prob",),
-    cases=[
-        dict(
+    cases={
+        "two samples": dict(
             log_prob=torch.tensor([0.1, -0.1]),
             log_prob_old=torch.zeros(2),
             rewards=torch.tensor([[1.0], [0.0]]),
             clip_range=0.2,
         ),
-        _bug_case,
-    ],
+        "drawn": _bug_case,
+    },
     mistakes={
         "that is the planted bug still: print the shape of whiten(rewards) * log_prob.": _planted,
         "the shape is right now, but the rewards are no longer whitened.": (

@@ -19,6 +19,7 @@ PROGRESSIVE_WINDOW = Exercise(
     "11/progressive_window",
     points=2,
     reference=progressive_window,
+<<<<<<< HEAD
     cases=[
         dict(stage=0, num_stages=4, first=2, last=3),
         dict(stage=3, num_stages=4, first=2, last=3),
@@ -26,6 +27,14 @@ PROGRESSIVE_WINDOW = Exercise(
         *(dict(stage=stage, num_stages=36, first=4, last=10) for stage in (0, 5, 6, 17, 18, 35)),
         _window_case,
     ],
+=======
+    cases={
+        "the first stage, two lengths": dict(stage=0, num_stages=4, first=2, last=3),
+        "the last stage, two lengths": dict(stage=3, num_stages=4, first=2, last=3),
+        **{f"stage {k} of 100": dict(stage=k, num_stages=100, first=14, last=20) for k in (14, 15, 57, 58, 85, 86, 99)},
+        **{f"stage {k} of 36": dict(stage=k, num_stages=36, first=4, last=10) for k in (0, 5, 6, 17, 18, 35)},
+    },
+>>>>>>> mutants
     mistakes={
         "the last window never comes: there are last - first + 1 different lengths, both ends included.": (
             lambda stage, num_stages, first, last: first + stage * (last - first) // num_stages
@@ -57,16 +66,16 @@ BRANCH_COST = Exercise(
     "11/branch_cost",
     points=2,
     reference=branch_cost,
-    cases=[
-        dict(num_steps=20, window=4, num_branches=5),
-        dict(num_steps=20, window=20, num_branches=5),
-        dict(num_steps=20, window=14, num_branches=1),
-        lambda g: dict(
+    cases={
+        "the end of the chain": dict(num_steps=20, window=4, num_branches=5),
+        "the whole chain": dict(num_steps=20, window=20, num_branches=5),
+        "one branch": dict(num_steps=20, window=14, num_branches=1),
+        "drawn": lambda g: dict(
             num_steps=30,
             window=int(torch.randint(1, 30, (), generator=g)),
             num_branches=int(torch.randint(2, 9, (), generator=g)),
         ),
-    ],
+    },
     mistakes={
         "that is the price of independent runs: each walks the prefix again. Branches share it.": (
             lambda num_steps, window, num_branches: num_branches * num_steps
@@ -108,13 +117,13 @@ SELECT_EXTREMES = Exercise(
     "11/select_extremes",
     points=5,
     reference=select_extremes,
-    cases=[
-        dict(z=torch.tensor([[0.5, -0.5, 0.0]]), positive_threshold=0.5, negative_threshold=-0.5),
-        dict(z=torch.tensor([[1.0, 1.0, -1.0, -1.0]]), positive_threshold=0.5, negative_threshold=-0.5),
-        dict(z=torch.tensor([[0.3], [-0.3], [0.0]]), positive_threshold=0.0, negative_threshold=0.0),
-        _z,
-        lambda g: _z(g, torch.float64),
-    ],
+    cases={
+        "at the thresholds": dict(z=torch.tensor([[0.5, -0.5, 0.0]]), positive_threshold=0.5, negative_threshold=-0.5),
+        "ties": dict(z=torch.tensor([[1.0, 1.0, -1.0, -1.0]]), positive_threshold=0.5, negative_threshold=-0.5),
+        "groups of one": dict(z=torch.tensor([[0.3], [-0.3], [0.0]]), positive_threshold=0.0, negative_threshold=0.0),
+        "float32": _z,
+        "float64": lambda g: _z(g, torch.float64),
+    },
     mistakes={
         "the best is kept AT its threshold (>=), the worst only BELOW its own (<). You took the first strictly.": (
             lambda z, positive_threshold, negative_threshold: (
@@ -152,12 +161,12 @@ BRANCH_ADVANTAGE = Exercise(
     "11/branch_advantage",
     points=3,
     reference=branch_advantage,
-    cases=[
-        dict(z=torch.tensor([[1.0, 0.0]])),
-        dict(z=torch.tensor([[3.0, 0.0, 0.0], [1.0, 2.0, 6.0]])),
-        lambda g: dict(z=torch.randn(5, 4, generator=g) + torch.arange(5.0).unsqueeze(1)),
-        lambda g: dict(z=torch.randn(2, 7, generator=g, dtype=torch.float64)),
-    ],
+    cases={
+        "two branches": dict(z=torch.tensor([[1.0, 0.0]])),
+        "two groups": dict(z=torch.tensor([[3.0, 0.0, 0.0], [1.0, 2.0, 6.0]])),
+        "float32": lambda g: dict(z=torch.randn(5, 4, generator=g) + torch.arange(5.0).unsqueeze(1)),
+        "float64": lambda g: dict(z=torch.randn(2, 7, generator=g, dtype=torch.float64)),
+    },
     mistakes={
         "a sample is part of its own baseline: compare with the mean of the OTHERS, a factor b / (b - 1).": (
             lambda z: z - z.mean(1, keepdim=True)
@@ -189,16 +198,16 @@ BASELINE_VARIANCES = Exercise(
     "11/baseline_variances",
     points=4,
     reference=baseline_variances,
-    cases=[
-        dict(total=1.0, inside=0.25, q=0.0, num_branches=2),
-        dict(total=0.169096, inside=0.046011, q=0.02366, num_branches=5),
-        lambda g: dict(
+    cases={
+        "without q": dict(total=1.0, inside=0.25, q=0.0, num_branches=2),
+        "the world's own numbers": dict(total=0.169096, inside=0.046011, q=0.02366, num_branches=5),
+        "drawn": lambda g: dict(
             total=1.0 + float(torch.rand((), generator=g)),
             inside=float(torch.rand((), generator=g)),
             q=0.1 * float(torch.rand((), generator=g)) + 0.01,
             num_branches=int(torch.randint(3, 9, (), generator=g)),
         ),
-    ],
+    },
     mistakes={
         "the price of a baseline from few samples is missing: b / (b - 1), since the others' mean is noisy itself.": (
             lambda total, inside, q, num_branches: (total + q, inside + q)

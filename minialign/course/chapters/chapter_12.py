@@ -59,17 +59,17 @@ ACTION_LOG_PROB = Exercise(
     points=4,
     reference=action_log_prob,
     grad_wrt=("denoised",),
-    cases=[
-        dict(
+    cases={
+        "one number": dict(
             next=torch.tensor([[1.5]]),
             denoised=torch.tensor([[2.0]]),
             alpha_bar=torch.tensor([0.04]),
             alpha_bar_next=torch.tensor([0.36]),
         ),
-        _action_case,
-        lambda g: _action_case(g, (3, 2, 4, 5)),
-        lambda g: _action_case(g, (5, 2), torch.float64),
-    ],
+        "one axis": _action_case,
+        "several axes": lambda g: _action_case(g, (3, 2, 4, 5)),
+        "float64": lambda g: _action_case(g, (5, 2), torch.float64),
+    },
     mistakes={
         "mean and std are both those of the level that the sample comes from; it is re-noised to the next one.": (
             _density(lambda a, b: a.sqrt(), lambda a, b: (1 - a).sqrt())
@@ -114,12 +114,15 @@ REACHED_GRADIENT = Exercise(
     "12/reached_gradient",
     points=4,
     reference=reached_gradient,
-    cases=[
-        dict(carried=torch.tensor([0.25, 0.5])),
-        dict(carried=torch.tensor([0.3, 0.25, 0.5])),
-        dict(carried=torch.tensor([0.034192, 0.116556, 0.296102, 0.570728], dtype=torch.float64)),
-        _carried,
-    ],
+    cases={
+        "one call": dict(carried=torch.tensor([0.25])),  # no action at all
+        "two calls": dict(carried=torch.tensor([0.25, 0.5])),
+        "three calls": dict(carried=torch.tensor([0.3, 0.25, 0.5])),
+        "four calls, float64": dict(
+            carried=torch.tensor([0.034192, 0.116556, 0.296102, 0.570728], dtype=torch.float64)
+        ),
+        "several calls, float64": _carried,
+    },
     mistakes={
         "that is the whole derivative: the 1 belongs to the last call, and no action follows it.": (
             lambda carried: 1 + reached_gradient(carried)
@@ -172,12 +175,12 @@ TERMINAL_ACTION = Exercise(
     points=4,
     reference=terminal_action,
     grad_wrt=("denoised",),
-    cases=[
-        dict(denoised=torch.tensor([[2.0]]), noise=torch.tensor([[-1.0]]), terminal_std=0.5),
-        _terminal_case,
-        lambda g: _terminal_case(g, (3, 2, 4)),
-        lambda g: _terminal_case(g, (5, 2), torch.float64),
-    ],
+    cases={
+        "one number": dict(denoised=torch.tensor([[2.0]]), noise=torch.tensor([[-1.0]]), terminal_std=0.5),
+        "one axis": _terminal_case,
+        "several axes": lambda g: _terminal_case(g, (3, 2, 4)),
+        "float64": lambda g: _terminal_case(g, (5, 2), torch.float64),
+    },
     mistakes={
         "the action still hangs on the network: mean and action then move together, and the gradient is zero.": (
             _attached
@@ -242,11 +245,13 @@ REBEL = Exercise(
     points=3,
     reference=rebel,
     grad_wrt=("log_ratio",),
-    cases=[
-        dict(log_ratio=torch.tensor([[[0.1, 0.2]], [[0.0, 0.1]]]), advantages=torch.tensor([[1.0], [0.5]]), eta=2.0),
-        _pairs,
-        lambda g: _pairs(g, torch.float32),
-    ],
+    cases={
+        "one pair": dict(
+            log_ratio=torch.tensor([[[0.1, 0.2]], [[0.0, 0.1]]]), advantages=torch.tensor([[1.0], [0.5]]), eta=2.0
+        ),
+        "float64": _pairs,
+        "float32": lambda g: _pairs(g, torch.float32),
+    },
     mistakes={
         "summed over the pairs as well, so that samples mix: a sum runs over one sample's own steps.": _regression(
             lambda log_ratio, advantages, eta: eta * (log_ratio[0].sum() - log_ratio[1].sum()) - _gap(advantages)
@@ -300,17 +305,18 @@ BREAK_EVEN = Exercise(
     "12/break_even",
     points=3,
     reference=break_even,
-    cases=[
-        dict(distillation=770.0, steps=20, calls=1, ratio=3.0),  # 80 - 3: ten queries
-        dict(distillation=1_920_000, steps=50, calls=4, ratio=2.4),
-        dict(distillation=1_920_000, steps=4, calls=4, ratio=2.0),  # never
-        lambda g: dict(
+    cases={
+        "one call": dict(distillation=770.0, steps=20, calls=1, ratio=3.0),  # 80 - 3: ten queries
+        "the paper's numbers": dict(distillation=1_920_000, steps=50, calls=4, ratio=2.4),
+        "more spent": dict(distillation=1_920_000, steps=4, calls=4, ratio=2.0),  # never
+        "nothing saved": dict(distillation=1_000_000, steps=5, calls=2, ratio=4.0),  # 20 - 4 * 5: no division by it
+        "drawn": lambda g: dict(
             distillation=1e5 + 1e6 * float(torch.rand((), generator=g)),
             steps=int(torch.randint(20, 60, (), generator=g)),
             calls=int(torch.randint(2, 6, (), generator=g)),
             ratio=1.5 + float(torch.rand((), generator=g)),
         ),
-    ],
+    },
     mistakes={
         "only the sampling was counted; a state that is trained on costs three evaluations more.": _when(
             lambda steps, calls, ratio: steps - ratio * calls

@@ -28,12 +28,14 @@ BRADLEY_TERRY = Exercise(
     "50/bradley_terry_loss",
     points=3,
     reference=bradley_terry_loss,
-    cases=[
-        dict(chosen=torch.tensor([1.0]), rejected=torch.tensor([1.0])),  # log 2
-        dict(chosen=torch.tensor([90.0, -90.0]), rejected=torch.tensor([-90.0, 90.0])),  # 0 and 180: no infinity
-        _pairs,
-        lambda g: _pairs(g, torch.float64),
-    ],
+    cases={
+        "equal scores": dict(chosen=torch.tensor([1.0]), rejected=torch.tensor([1.0])),  # log 2
+        "a margin of 180": dict(
+            chosen=torch.tensor([90.0, -90.0]), rejected=torch.tensor([-90.0, 90.0])
+        ),  # 0 and 180: no infinity
+        "float32": _pairs,
+        "float64": lambda g: _pairs(g, torch.float64),
+    },
     mistakes={
         "the pair is turned round: the chosen one should score higher.": lambda chosen, rejected: bradley_terry_loss(
             rejected, chosen
@@ -91,14 +93,18 @@ BEST_OF_N = Exercise(
     "50/best_of_n",
     points=4,
     reference=best_of_n,
-    cases=[
+    cases={
         # the sheet's weights for N = 5, n = 2: (0, .1, .2, .3, .4)
-        dict(proxy=torch.tensor([0.0, 1, 2, 3, 4]).double(), gold=torch.tensor([5.0, -1, 4, 2, 0]).double(), n=2),
-        dict(proxy=torch.tensor([2.0, 0, 1]).double(), gold=torch.tensor([1.0, 4, 9]).double(), n=3),  # the top sample
-        _pool,
-        lambda g: _pool(g, 11, 5),
-        lambda g: _pool(g, 6, 4),
-    ],
+        "the best of two of five": dict(
+            proxy=torch.tensor([0.0, 1, 2, 3, 4]).double(), gold=torch.tensor([5.0, -1, 4, 2, 0]).double(), n=2
+        ),
+        "n = N": dict(
+            proxy=torch.tensor([2.0, 0, 1]).double(), gold=torch.tensor([1.0, 4, 9]).double(), n=3
+        ),  # the top sample
+        "the best of 3": _pool,
+        "the best of 5": lambda g: _pool(g, 11, 5),
+        "the best of 4": lambda g: _pool(g, 6, 4),
+    },
     mistakes={
         "the pool is sorted by gold, but the choice is made by proxy.": lambda proxy, gold, n: best_of_n(gold, gold, n),
         "that is the proxy of the best of n: its gold is meant.": lambda proxy, gold, n: best_of_n(proxy, proxy, n),
@@ -112,7 +118,7 @@ BEST_OF_N = Exercise(
             gold[:n].double().mean()
         ),
     },
-    tolerance=1e-6,
+    dtype=torch.float64,
 )
 
 # ---- what a token is paid --------------------------------------------------------------------------------------------
@@ -128,6 +134,14 @@ def _tokens(g, lengths=(3, 5, 1), width=5):
     ours, theirs = (-torch.rand(len(lengths), width, generator=g) * 3 for _ in range(2))
     scores = torch.randn(len(lengths), generator=g)
     return dict(scores=scores, log_prob=ours, log_prob_ref=theirs, mask=mask, beta=0.3)  # padding holds numbers, too
+
+
+def _padded(case, *names):
+    """Padding that holds what no sum survives."""
+    rows, columns = (~case["mask"]).nonzero().unbind(1)
+    for name, value in zip(names, (float("nan"), float("inf")), strict=False):
+        case[name][rows, columns] = value
+    return case
 
 
 def _pay(place):
@@ -148,17 +162,18 @@ TOKEN_REWARDS = Exercise(
     "50/token_rewards",
     points=3,
     reference=token_rewards,
-    cases=[
-        _tokens,
-        lambda g: _tokens(g, (2, 7), 7),
-        dict(
+    cases={
+        "answers of several lengths": _tokens,
+        "two answers": lambda g: _tokens(g, (2, 7), 7),
+        "padding that holds nan or inf": lambda g: _padded(_tokens(g, (2, 5, 3)), "log_prob", "log_prob_ref"),
+        "one answer, with padding": dict(
             scores=torch.tensor([1.0]),
             log_prob=torch.tensor([[-1.0, -2.0, 7.0]]),
             log_prob_ref=torch.tensor([[-1.5, -1.0, -7.0]]),
             mask=torch.tensor([[True, True, False]]),
             beta=0.1,
         ),
-    ],
+    },
     mistakes={
         "moving away from the reference is paid for, not rewarded: the sign of the KL term.": (
             lambda scores, log_prob, log_prob_ref, mask, beta: token_rewards(scores, log_prob_ref, log_prob, mask, beta)
@@ -229,18 +244,19 @@ GAE = Exercise(
     "50/gae",
     points=4,
     reference=gae,
-    cases=[
+    cases={
         # by hand: deltas .08, .11, .3
-        dict(
+        "one answer without padding": dict(
             rewards=torch.tensor([[-0.02, 0.01, 1.0]]),
             values=torch.tensor([[0.5, 0.6, 0.7]]),
             mask=torch.ones(1, 3, dtype=torch.bool),
             gae_lambda=0.95,
         ),
-        _episodes,
-        lambda g: _episodes(g, (4, 2, 3), 6, 0.5),
-        lambda g: _episodes(g, (3, 1), 3, 1.0),
-    ],
+        "answers of several lengths": _episodes,
+        "padding that holds nan": lambda g: _padded(_episodes(g, (2, 5, 3)), "values"),
+        "a smaller lambda": lambda g: _episodes(g, (4, 2, 3), 6, 0.5),
+        "lambda = 1": lambda g: _episodes(g, (3, 1), 3, 1.0),
+    },
     mistakes={
         "behind its last token an episode is over: V counts 0 there, whatever the critic says of padding.": (
             lambda rewards, values, mask, gae_lambda: _plain_gae(rewards, values, mask, gae_lambda, bootstrap=True)
@@ -279,18 +295,18 @@ def _curve(g, size=9):
 
 
 def _solve(inputs, gold):
-    return torch.linalg.lstsq(inputs, gold.double().unsqueeze(1)).solution[:2, 0]
+    return torch.linalg.solve(inputs.T @ inputs, inputs.T @ gold.double())[:2]
 
 
 FIT_LAW = Exercise(
     "50/fit_law",
     points=3,
     reference=fit_law,
-    cases=[
-        dict(distance=torch.tensor([1.0, 2, 3]).double(), gold=torch.tensor([1.5, 2.0, 1.6]).double()),
-        _curve,
-        lambda g: _curve(g, 5),
-    ],
+    cases={
+        "three points": dict(distance=torch.tensor([1.0, 2, 3]).double(), gold=torch.tensor([1.5, 2.0, 1.6]).double()),
+        "nine points": _curve,
+        "five points": lambda g: _curve(g, 5),
+    },
     mistakes={
         "the sign of beta: R = d (alpha - beta d), so its column is -d^2.": lambda distance, gold: _solve(
             torch.stack([distance, distance**2], 1), gold
@@ -309,7 +325,7 @@ FIT_LAW = Exercise(
         ),
         "alpha and beta have changed places.": lambda distance, gold: fit_law(distance, gold).flip(0),
     },
-    tolerance=1e-6,
+    dtype=torch.float64,
 )
 
 exercises = [

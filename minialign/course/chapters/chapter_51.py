@@ -26,13 +26,13 @@ def _rows_case(g, dtype=torch.float32, shape=(7, 3)):
     )
 
 
-_ROWS = [
-    dict(rewards=torch.tensor([2.0]), references=torch.tensor([[1.0, 0.5]]), k=1.0),  # sheet: 0.774317
-    dict(rewards=torch.tensor([3.0, -4.0]), references=torch.tensor([[3.0], [-3.0]]), k=2.0),
-    _rows_case,
-    lambda g: _rows_case(g, torch.float64),
-    lambda g: _rows_case(g, torch.float64, (1, 5)),
-]
+_ROWS = {
+    "one response": dict(rewards=torch.tensor([2.0]), references=torch.tensor([[1.0, 0.5]]), k=1.0),  # sheet: 0.774317
+    "one reference": dict(rewards=torch.tensor([3.0, -4.0]), references=torch.tensor([[3.0], [-3.0]]), k=2.0),
+    "float32": _rows_case,
+    "float64": lambda g: _rows_case(g, torch.float64),
+    "one response, float64": lambda g: _rows_case(g, torch.float64, (1, 5)),
+}
 
 PAR_REWARD = Exercise(
     "51/par_reward",
@@ -136,12 +136,16 @@ MERGE = Exercise(
     "51/merge",
     points=3,
     reference=merge,
-    cases=[  # 4, then 1, 2, 3: mean 2.5, variance 1.25. No batch of one: Bessel's nan would hide the hint
-        dict(count=torch.tensor(1.0), mean=torch.tensor(4.0), var=torch.tensor(0.0), batch=torch.tensor([1.0, 2, 3])),
-        dict(count=torch.tensor(4.0), mean=torch.tensor(0.0), var=torch.tensor(1.0), batch=torch.tensor([9.0, 11.0])),
-        _merge_case,
-        lambda g: _merge_case(g, torch.float32),
-    ],
+    cases={  # 4, then 1, 2, 3: mean 2.5, variance 1.25. No batch of one: Bessel's nan would hide the hint
+        "one value and a batch": dict(
+            count=torch.tensor(1.0), mean=torch.tensor(4.0), var=torch.tensor(0.0), batch=torch.tensor([1.0, 2, 3])
+        ),
+        "two values that lie apart": dict(
+            count=torch.tensor(4.0), mean=torch.tensor(0.0), var=torch.tensor(1.0), batch=torch.tensor([9.0, 11.0])
+        ),
+        "float64": _merge_case,
+        "float32": lambda g: _merge_case(g, torch.float32),
+    },
     mistakes={
         "the mean of two means: each counts as much as it has rewards.": _merge(
             lambda share, mean, var, batch: (
@@ -201,12 +205,17 @@ OPTIMUM_KL = Exercise(
     "51/optimum_kl",
     points=4,
     reference=optimum_kl,
-    cases=[  # sheet: 0.172623
-        dict(prior=torch.tensor([0.4, 0.3, 0.2, 0.1]), shaped=torch.tensor([0.1, 0.4, 0.6, 0.95]), beta=0.5),
-        dict(prior=torch.tensor([0.5, 0.25, 0.25]), shaped=torch.tensor([0.7, 0.7, 0.7]), beta=2.0),
-        _kl_case,
-        lambda g: _kl_case(g, torch.float32, 3),
-    ],
+    cases={  # sheet: 0.172623
+        "four answers": dict(
+            prior=torch.tensor([0.4, 0.3, 0.2, 0.1]), shaped=torch.tensor([0.1, 0.4, 0.6, 0.95]), beta=0.5
+        ),
+        "equal rewards": dict(prior=torch.tensor([0.5, 0.25, 0.25]), shaped=torch.tensor([0.7, 0.7, 0.7]), beta=2.0),
+        "a large reward over a small beta": dict(  # exp(120)
+            prior=torch.tensor([0.5, 0.25, 0.25]), shaped=torch.tensor([1.2, 0.4, 0.8]), beta=0.01
+        ),
+        "float64": _kl_case,
+        "float32": lambda g: _kl_case(g, torch.float32, 3),
+    },
     mistakes={
         "this is KL(prior || pi*), the other direction: the average is over pi*, the policy.": (
             lambda prior, shaped, beta: (prior * (prior / _tilt(prior, shaped / beta)).log()).sum()
@@ -264,15 +273,15 @@ SHAPE_BATCH = Exercise(
     "51/shape_batch",
     points=3,
     reference=shape_batch,
-    cases=[
-        dict(
+    cases={
+        "two prompts": dict(
             rewards=torch.tensor([1.0, 9.0, 11.0]),
             prompts=["easy", "hard", "easy"],
             references={"hard": torch.tensor([0.0, 2.0]), "easy": torch.tensor([10.0, 12.0])},
             k=1.0,
         ),
-        _batch_case,
-    ],
+        "drawn, float64": _batch_case,
+    },
     mistakes={
         "that is the colleague's bug still: the references of all prompts in one pot.": _planted,
         "references are looked up by prompt, not by the place in the batch.": _in_order,

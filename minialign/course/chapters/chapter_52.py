@@ -38,6 +38,12 @@ def _round(g, dtype=torch.float32, shape=(5, 7, 3)):
     )
 
 
+def _with_nan(case):
+    """Padding that no sum survives."""
+    case["advantages"][~case["mask"]] = float("nan")
+    return case
+
+
 def _all_valid(advantages, mask):
     return _masked(standardise(advantages, torch.ones_like(mask)), mask)
 
@@ -52,16 +58,19 @@ STANDARDISE = Exercise(
     "52/standardise",
     points=3,
     reference=standardise,
-    cases=[
-        dict(
+    cases={
+        "padding": dict(
             advantages=torch.tensor([[[1.0, 10.0], [3.0, -10.0], [0.0, 0.0]], [[5.0, 30.0], [2.0, 0.0], [99.0, 99.0]]]),
             mask=torch.tensor([[True, True, True], [True, True, False]]),
         ),
-        dict(advantages=torch.tensor([[[1.0, 0.0], [3.0, 0.0]]]), mask=torch.tensor([[True, True]])),  # no KL yet
-        _round,
-        lambda g: _round(g, torch.float64),
-        lambda g: _round(g, torch.float64, (1, 11, 2)),
-    ],
+        "a signal of zeros": dict(
+            advantages=torch.tensor([[[1.0, 0.0], [3.0, 0.0]]]), mask=torch.tensor([[True, True]])
+        ),  # no KL yet
+        "padding that holds nan": lambda g: _with_nan(_round(g)),
+        "float32": _round,
+        "float64": lambda g: _round(g, torch.float64),
+        "one answer, float64": lambda g: _round(g, torch.float64, (1, 11, 2)),
+    },
     tolerance=1e-4,  # 1e-8 beside the root or under it
     mistakes={
         "one mean and one standard deviation for all heads: the loudest reward drowns the others again.": _one_scale,
@@ -107,15 +116,21 @@ MIX = Exercise(
     "52/mix",
     points=3,
     reference=mix,
-    cases=[
-        dict(advantages=torch.tensor([[[2.0, -4.0, 1.0]]]), multipliers=torch.tensor([0.5, 0.5])),  # 1 - 2 + 1 = 0
-        dict(advantages=torch.tensor([[[1.0, 3.0, 7.0]]]), multipliers=torch.tensor([0.0, 0.0])),  # 2 A_0
-        dict(advantages=torch.tensor([[[1.0, 3.0, 7.0]]]), multipliers=torch.tensor([1.0, 1.0])),  # no A_0 at all
-        _mix_case,
-        lambda g: _mix_case(g, torch.float64, 3),
-        lambda g: _mix_case(g, torch.float64, 1),
-        lambda g: _mix_case(g, torch.float64, 2, (1, 1)),
-    ],
+    cases={
+        "multipliers 1/2": dict(
+            advantages=torch.tensor([[[2.0, -4.0, 1.0]]]), multipliers=torch.tensor([0.5, 0.5])
+        ),  # 1 - 2 + 1 = 0
+        "multipliers 0": dict(
+            advantages=torch.tensor([[[1.0, 3.0, 7.0]]]), multipliers=torch.tensor([0.0, 0.0])
+        ),  # 2 A_0
+        "multipliers 1": dict(
+            advantages=torch.tensor([[[1.0, 3.0, 7.0]]]), multipliers=torch.tensor([1.0, 1.0])
+        ),  # no A_0 at all
+        "two rewards": _mix_case,
+        "three rewards, float64": lambda g: _mix_case(g, torch.float64, 3),
+        "one reward, float64": lambda g: _mix_case(g, torch.float64, 1),
+        "one token, float64": lambda g: _mix_case(g, torch.float64, 2, (1, 1)),
+    },
     mistakes={
         "the KL's weight is N minus the sum, N rewards: with 1 it turns negative, and distance is paid for.": (
             _with_kl_weight(lambda m: 1 - m.sum())
@@ -160,15 +175,17 @@ STEP = Exercise(
     "52/multiplier_step",
     points=3,
     reference=multiplier_step,
-    cases=[
-        dict(raw=torch.zeros(1), reached=torch.tensor([0.6]), thresholds=torch.tensor([0.5]), lr=0.1),  # sheet: -0.0025
-        dict(
+    cases={
+        "one reward": dict(
+            raw=torch.zeros(1), reached=torch.tensor([0.6]), thresholds=torch.tensor([0.5]), lr=0.1
+        ),  # sheet: -0.0025
+        "far from 0": dict(
             raw=torch.tensor([3.0, -3.0]), reached=torch.tensor([1.0, 0.0]), thresholds=torch.tensor([0.0, 1.0]), lr=2.0
         ),
-        _level_case,
-        lambda g: _level_case(g, torch.float64, 3),
-        lambda g: _level_case(g, torch.float64, 1),
-    ],
+        "two rewards": _level_case,
+        "three rewards, float64": lambda g: _level_case(g, torch.float64, 3),
+        "one reward, float64": lambda g: _level_case(g, torch.float64, 1),
+    },
     mistakes={
         "the wrong way: too little reward must raise the multiplier.": _step(
             lambda mu: mu.sigmoid() * (1 - mu.sigmoid()), sign=1.0
@@ -241,13 +258,14 @@ NEWTON = Exercise(
     "52/newton_step",
     points=5,
     reference=newton_step,
-    cases=[
-        _SHEET | dict(weights=torch.zeros(2, dtype=torch.float64)),
-        _SHEET | dict(weights=torch.tensor([0.946762, 0.659080], dtype=torch.float64)),  # there already
-        _projection_case,
-        lambda g: _projection_case(g, 7, 1),
-        lambda g: _projection_case(g, 17, 3),
-    ],
+    cases={
+        "from weights 0": _SHEET | dict(weights=torch.zeros(2, dtype=torch.float64)),
+        "there already": _SHEET
+        | dict(weights=torch.tensor([0.946762, 0.659080], dtype=torch.float64)),  # there already
+        "two rewards": _projection_case,
+        "one reward": lambda g: _projection_case(g, 7, 1),
+        "three rewards": lambda g: _projection_case(g, 17, 3),
+    },
     mistakes={
         "away from the targets: where a mean is too small, its weight must grow.": _newton(
             lambda targets, means: means - targets
@@ -308,12 +326,14 @@ CANDIDATES = Exercise(
     "52/candidates",
     points=4,
     reference=candidates,
-    cases=[  # worst: the origin; the others' centre (1, 1)
-        dict(simplex=torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]]), scores=torch.tensor([-3.0, -1.0, -2.0])),
-        _simplex,
-        lambda g: _simplex(g, 3),
-        lambda g: _simplex(g, 1, torch.float32),
-    ],
+    cases={  # worst: the origin; the others' centre (1, 1)
+        "a triangle": dict(
+            simplex=torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]]), scores=torch.tensor([-3.0, -1.0, -2.0])
+        ),
+        "a triangle, float64": _simplex,
+        "a tetrahedron": lambda g: _simplex(g, 3),
+        "a line": lambda g: _simplex(g, 1, torch.float32),
+    },
     mistakes={
         "the vertex to replace is the one with the lowest score; larger is better here.": _candidates(
             worst=lambda s: s.argmax()
