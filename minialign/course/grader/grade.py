@@ -10,7 +10,7 @@ remembers.
 A submission is hostile until proven otherwise. This process, the grader, never executes, imports, compiles or parses
 code of a submission; it reads JSON, and it compares numbers:
 
-1. Every submission is read before any is run, so none can change another's text: a regular file, at most 10 MB, JSON,
+1. Every submission is read before any is run, so none can change another's text: a regular file, at most 64 MB, JSON,
    cells. The chapter is the one that most of its grade ids (`10-step_kl-answer`) belong to, whatever the file's name.
 2. For each exercise the cases are drawn here and sent into a sandbox (`sandbox.py`), with the text of the student's
    cells and of the given ones from the student's edition. There, in a process of its own, `worker.py` runs what the
@@ -26,7 +26,8 @@ code of a submission; it reads JSON, and it compares numbers:
 
 Draws come from the run's seed and the submission's bytes: fresh for everyone, equal when a run is resumed. The seed is
 drawn at the first start and kept. Limits of time are of CPU, so that a busy machine stops nobody (`wall`, thrice as
-long, is for those that sleep); only a solution that needs just about the limit may fall on either side of it.
+long, is for those that sleep, `total` for a notebook of sleepers); only a solution that needs just about the limit may
+fall on either side of it.
 
 Feedback holds what the notebook's own check would print: the smallest failing case, the value expected there, and a
 hint. That value shows an answer to one input, never a formula, and the next draw is another. A wrong quiz answer is

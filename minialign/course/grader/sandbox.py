@@ -1,28 +1,30 @@
 """Where submissions run: one sandbox a core, warmed up once, in which `worker.py` forks a process for each exercise.
 
-    isolation()      "bubblewrap" where bwrap works, else "subprocess"
     Sandbox.run      sends a submission in; yields what the student's processes say, exercise by exercise
 
-Two walls. The outer one is bubblewrap's: namespaces, and a file system of its own. The inner one stands around each
-exercise (`locks.py`): resource limits, libseccomp's filter of system calls, the kernel's Landlock. What holds:
+Two walls. The outer one is bubblewrap's (`walls.py`): namespaces, and a file system of its own. The inner one stands
+around each exercise (`locks.py`): resource limits, libseccomp's filter of system calls and one of our own, the kernel's
+Landlock. What holds:
 
                                             bwrap +      bwrap   subprocess +   subprocess +   subprocess
                                             libseccomp           libseccomp +   libseccomp
                                                                  Landlock
-    time, memory, output, open files          yes         yes       yes            yes            yes
+    time, memory, output, files               yes         yes       yes            yes            yes
     no access to checks, answers, solutions   yes         yes       yes            NO             NO
     none to other submissions, the grades     yes         yes       yes            can read       NO
     no network                                yes         yes       yes            yes            NO
     no processes of its own                   yes         (1)       yes            yes            at most 8
-    no file written, changed or deleted       yes         (2)       yes            yes            NO
+    no file written, changed or deleted       (2)         (2)       (2)            yes            NO
+    no mode, attribute, lock, hint of one     yes         yes       yes            yes            NO
     nothing survives or reaches the next      yes         (3)       yes            yes            (4)
 
-(1) At most 8, which see and reach nothing; but root's are not counted, so grade as an ordinary user there. (2) But for
-64 MB of scratch space in memory. (3) A new sandbox for each submission, hence torch imported each time. (4) Processes
-left behind are ended, but files may have been changed before. Under Landlock a program can still ask whether a file
-exists, and for its size. Landlock alone, without libseccomp, gives the rows on files; libseccomp is on every Debian,
-Ubuntu and Fedora (apt and systemd need it), Landlock in kernels from 5.13 where it is enabled. Outside Linux there is
-only the last column, and limits only as far as the system keeps them.
+(1) At most 8, which see and reach nothing; but root's are not counted, so grade as an ordinary user there. (2) But in a
+folder of its own (`scratch.py`), in memory under bubblewrap; it is watched, and emptied after each exercise. (3) A new
+sandbox for each submission, hence torch imported each time. (4) Processes left behind are ended, but files may have
+been changed before. Under Landlock a program can still ask whether a file exists, and for its size. Landlock alone,
+without libseccomp, keeps what files hold, not their modes and attributes; libseccomp is on every Debian, Ubuntu and
+Fedora (apt and systemd need it), Landlock in kernels from 5.13 where it is enabled. Outside Linux there is only the
+last column, and limits only as far as the system keeps them.
 
 In every case results come back as JSON through a pipe and are checked before they are believed, the verdict is computed
 outside, every submission was read before the first ran, and grades.csv is written last. With neither bubblewrap nor
@@ -31,7 +33,8 @@ student's hands, and a solution that calls it is right.
 
 Every new sandbox first tries, harmlessly, what should fail in it, and is not used if anything succeeds.
 
-These walls stop programs, not a flaw of the kernel. For that, grade in a virtual machine.
+These walls stop programs, not a flaw of the kernel, nor signals between two that run at once and watch the machine's
+load. For that, grade in a virtual machine, one notebook at a time.
 """
 
 import json

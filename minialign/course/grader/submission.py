@@ -105,7 +105,8 @@ def _package(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and "__pycache__" not in name and not name.startswith("course/chapters/"):
+        skipped = "__pycache__" in name or name.startswith("course/chapters/") or name.endswith(".md")
+        if path.is_file() and not skipped:
             digest.update(f"\0{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

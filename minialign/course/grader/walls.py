@@ -66,7 +66,7 @@ def isolation(choice: str = "auto", secrets: Sequence[Path] = ()) -> tuple[str, 
         )
     left = {
         (True, True): "Landlock and libseccomp keep submissions from all files, processes and the network instead",
-        (True, False): "submissions can start processes and use the network",
+        (True, False): "submissions can start processes, use the network and change modes of your files",
         (False, True): "submissions can read every file that you can, answers included",
         (False, False): "submissions can read and change every file that you can, answers included, start processes "
         "and use the network",

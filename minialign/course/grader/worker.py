@@ -1,6 +1,6 @@
 """What runs inside the grader's sandbox: it executes a submission and says what its functions did, as plain data.
 
-The sandbox holds this file and the four of the course that it imports, and nothing else of `minialign.course`: no
+The sandbox holds this file and those of the course that it imports, and nothing else of `minialign.course`: no
 check, no reference, no answer. Three generations of processes:
 
     zygote    imports torch once; never reads a submission; forks, for each one,
@@ -9,9 +9,9 @@ check, no reference, no answer. Three generations of processes:
 
 The child belongs to the student from the first statement on: what it sends is a claim, never a verdict. It is limited
 in time, memory and output; where libseccomp is installed it can neither start a process, nor signal or trace another,
-nor open a socket, nor write, make or remove a file; where the kernel has Landlock, it can read no file but the system's
-and the package's. So it can do nothing to its server, to the next exercise or to the next submission, and goes with one
-kill.
+nor open a socket, nor change a file outside one folder, which is emptied behind it; where the kernel has Landlock, it
+can read no file but the system's and the package's. So it can do nothing to its server, to the next exercise or to the
+next submission, and goes with one kill.
 """
 
 import contextlib

@@ -914,12 +914,11 @@ def test_what_builds_on_an_unsolved_exercise_is_not_lost_with_it(tmp_path, kind,
 def test_a_notebook_has_a_budget_of_time(tmp_path, kind, warm):
     """Sleeping costs no CPU, and each exercise may take its own wall time; together they may not."""
     sleeps = fill(ATTACKS["sleeps for ever"][0], "double", "")
-    limits = Limits(seconds=1, wall=60, total=2)
-    grades = graded_together(
-        tmp_path, kind, limits, sleeps=handed_in(double=sleeps, slope=BUILDS_ON), right=handed_in()
-    )
-    assert grades["right"].points == 6 and grades["sleeps"].points == 0
-    for status, _, _, text in grades["sleeps"].verdicts.values():
+    cells = {"right": handed_in(), "sleeps": handed_in(double=sleeps, slope=BUILDS_ON)}
+    grades = graded_together(tmp_path, kind, Limits(seconds=1, wall=60, total=2), **cells)
+    assert grades["right"].points == 6 and grades["sleeps"].points == 1  # the question comes first
+    for name in ("99/double", "99/slope"):
+        status, _, _, text = grades["sleeps"].verdicts[name]
         assert status == "stopped" and "the 2 s for the whole notebook were used up" in text, text
 
 
