@@ -34,30 +34,20 @@ def _too_fine(num_points, sigma_min, sigma_max, rho):
 
 def _grid_case(g):
     u, v, w = torch.rand(3, generator=g).tolist()
-    return dict(
-        num_points=int(torch.randint(3, 21, (), generator=g)), sigma_min=0.002 + 0.1 * u, sigma_max=1 + 80 * v,
-        rho=2 + 6 * w,
-    )  # fmt: skip
+    points = int(torch.randint(3, 21, (), generator=g))
+    return dict(num_points=points, sigma_min=0.002 + 0.1 * u, sigma_max=1 + 80 * v, rho=2 + 6 * w)
 
 
 KARRAS_SIGMAS = Exercise(
     "03/karras_sigmas",
     points=2,
     reference=karras_sigmas,
-<<<<<<< HEAD
-    cases=[
-        dict(num_points=3, sigma_min=1.0, sigma_max=9.0, rho=2.0),
-        dict(num_points=18, sigma_min=0.002, sigma_max=80.0, rho=7.0),
-        dict(num_points=5, sigma_min=0.01, sigma_max=2.5, rho=7.0),
-        _grid_case,
-    ],
-=======
     cases={
         "three levels, rho = 2": dict(num_points=3, sigma_min=1.0, sigma_max=9.0, rho=2.0),
         "the usual grid": dict(num_points=18, sigma_min=0.002, sigma_max=80.0, rho=7.0),
         "five levels": dict(num_points=5, sigma_min=0.01, sigma_max=2.5, rho=7.0),
+        "drawn": _grid_case,
     },
->>>>>>> mutants
     mistakes={
         "after sigma_min the noise is gone: a last level 0 is missing.": lambda *a, **k: karras_sigmas(*a, **k)[:-1],
         "noisiest first: the sampler goes down.": lambda *a, **k: karras_sigmas(*a, **k).flip(0),

@@ -19,22 +19,13 @@ PROGRESSIVE_WINDOW = Exercise(
     "11/progressive_window",
     points=2,
     reference=progressive_window,
-<<<<<<< HEAD
-    cases=[
-        dict(stage=0, num_stages=4, first=2, last=3),
-        dict(stage=3, num_stages=4, first=2, last=3),
-        *(dict(stage=stage, num_stages=100, first=14, last=20) for stage in (14, 15, 57, 58, 85, 86, 99)),
-        *(dict(stage=stage, num_stages=36, first=4, last=10) for stage in (0, 5, 6, 17, 18, 35)),
-        _window_case,
-    ],
-=======
     cases={
         "the first stage, two lengths": dict(stage=0, num_stages=4, first=2, last=3),
         "the last stage, two lengths": dict(stage=3, num_stages=4, first=2, last=3),
         **{f"stage {k} of 100": dict(stage=k, num_stages=100, first=14, last=20) for k in (14, 15, 57, 58, 85, 86, 99)},
         **{f"stage {k} of 36": dict(stage=k, num_stages=36, first=4, last=10) for k in (0, 5, 6, 17, 18, 35)},
+        "drawn": _window_case,
     },
->>>>>>> mutants
     mistakes={
         "the last window never comes: there are last - first + 1 different lengths, both ends included.": (
             lambda stage, num_stages, first, last: first + stage * (last - first) // num_stages
