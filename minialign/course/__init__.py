@@ -1,18 +1,19 @@
 '''The course: exercises that check themselves, and the builder of the student's edition.
 
 A chapter has three files: `solutions/NN_name.ipynb`, the source; `notebooks/NN_name.ipynb`, built from it by `minialign
-course build`; and `chapters/chapter_NN.py`, which keeps references, cases, mistakes and answers out of both. (Questions
-stand beside it, in `questions_NN.py`.)
+course build`; and `chapters/chapter_NN.py`, which keeps references, cases, mistakes and answers out of both. (Beside it
+stand questions, in `questions_NN.py`, and in `forms_NN.py` two or three other right solutions of each exercise, as
+students write them. They must pass, and wrong answers are named by what one change makes of them: `mutants`.)
 
     exercises = [
         Exercise(
             "01/gaussian_log_prob",
             points=3,
             reference=gaussian_log_prob,  # the package's own; handed on to whoever has not passed
-            cases=[
-                dict(x=torch.zeros(1, 1), mean=torch.ones(1, 1), std=torch.ones(1), reduction="sum"),  # fixed
-                lambda g: dict(x=torch.randn(3, 2, 5, generator=g), ...),  # drawn afresh, four times
-            ],
+            cases={  # each with the kind of input that it is
+                "one number": dict(x=torch.zeros(1, 1), mean=torch.ones(1, 1), std=torch.ones(1), reduction="sum"),
+                "several axes": lambda g: dict(x=torch.randn(3, 2, 5, generator=g), ...),  # drawn afresh, four times
+            },
             mistakes={"one value per sample, not one for all": lambda **k: gaussian_log_prob(**k).sum()},
             grad_wrt=("mean",),  # compare these gradients too
         ),
@@ -39,7 +40,7 @@ graded cell; for a question, the same two cells without a header:
     quiz("01/q1", q1)
 
 Cases are keyword arguments: distinct primes for axes, batch 1, every limit and branch. Mistakes take the same
-arguments; an answer that equals a mistake's on every case, gradients included, gets its key as the hint. The region
+arguments; an answer that equals a mistake's on every case gets its key as the hint. The region
 holds the `return`, after a docstring or a neutral line. `tests/course/test_check.py` audits every chapter: the
 reference passes, each mistake is refused and named. The builder sets nbgrader's metadata.
 '''

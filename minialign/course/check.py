@@ -51,7 +51,8 @@ class Exercise:
             for _ in range(self.draws if callable(case) else 1)
         ]
         order = list(inspect.signature(self.reference).parameters)  # a student's parameters may have other names
-        return [{k: case[k] for k in order} if set(order) == set(case) else case for case in drawn]
+        rank = {name: i for i, name in enumerate(order)}
+        return [dict(sorted(case.items(), key=lambda item: rank.get(item[0], len(rank)))) for case in drawn]
 
     @property
     def labels(self) -> list[str]:
@@ -121,7 +122,8 @@ def check(name: str, function: Any, seed: int | None = None) -> tuple[Callable, 
     print(verdict.text)
     if verdict.status != "passed":
         return exercise.reference, verdict.points
-    return adapted(function, exercise.reference, outcomes[0], observe(exercise.reference, cases[0])), verdict.points
+    want = observe(exercise.reference, cases[0])
+    return adapted(function, exercise.reference, list(cases[0]), outcomes[0], want), verdict.points
 
 
 def quiz(name: str, answer: Any) -> float:

@@ -95,9 +95,8 @@ def fitted(got: Any, want: Any) -> Any:
     return got
 
 
-def adapted(function: Callable, reference: Callable, got: Outcome, want: Outcome) -> Callable:
-    """`function`, or if its form is not the reference's, one that calls it and returns that form."""
-    names = list(inspect.signature(reference).parameters)
+def adapted(function: Callable, reference: Callable, names: Sequence[str], got: Outcome, want: Outcome) -> Callable:
+    """`function`, or if its form or `names` are not the reference's, one that calls it and returns that form."""
     named = _names(function)
     same = [kind(leaf) for _, leaf in leaves(got.value)] == [kind(leaf) for _, leaf in leaves(want.value)]
     if same and (named is None or set(names) <= named):

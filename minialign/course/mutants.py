@@ -15,6 +15,7 @@ import functools
 import inspect
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -58,12 +59,14 @@ def _compiled(code: types.CodeType, module: str | None) -> tuple[tuple[str, type
         return ()
     _annotate(tree)
     whole = ast.fix_missing_locations(ast.Module([tree], []))
-    for node, put in list(_sites(tree)):
-        for wrong, words in (found for change in OPERATORS for found in change(node)):
-            put(ast.fix_missing_locations(wrong))
-            with suppress(SyntaxError, ValueError, TypeError):  # no Python: an assignment to a sum, say
-                made.append((words, compile(whole, "<mutant>", "exec")))
-            put(node)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's opinion of a mutant
+        for node, put in list(_sites(tree)):
+            for wrong, words in (found for change in OPERATORS for found in change(node)):
+                put(ast.fix_missing_locations(wrong))
+                with suppress(SyntaxError, ValueError, TypeError):  # no Python: an assignment to a sum, say
+                    made.append((words, compile(whole, "<mutant>", "exec")))
+                put(node)
     return tuple(made)
 
 

@@ -84,9 +84,13 @@ def test_two_mistakes_at_once_are_named():
         {"the offset is missing": lambda values, offset: spread(values, 0.0)},
     )
     text = verdict(lambda values, offset: 1 / spread(values, 0.0), exercise).text
-    assert "One: the offset is missing. The other: it comes out as if the result stood upside down" in hint(text)
+    assert "0 stood in the place of `offset`, and the result stood upside down (one over it)" in hint(text)
+    text = verdict(lambda values, offset: spread(values, 0.0).tanh(), exercise).text
+    assert "none of the usual" in hint(text)
+    text = verdict(lambda values, offset: spread(values, 0.0).sigmoid(), exercise).text
+    assert "One: the offset is missing. The other: it comes out as if a sigmoid of the result were taken" in hint(text)
     text = verdict(lambda values, offset: -(values.var() + offset), exercise).text
-    assert "a root were" in hint(text) and "and the sign of the result were turned" in hint(text)
+    assert "an intermediate result were squared, and the sign of the result were turned" in hint(text)
 
 
 def test_the_search_is_silent(capfd):
