@@ -1110,6 +1110,24 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert page.count("not attempted") == 8 and 'role="img"' in (tmp_path / "grades/summary.html").read_text()
     assert cli.main([*command, "--chapter", "99"]) == 2 and "no chapter '99'" in capsys.readouterr().err
 
+    (tmp_path / "by_hand.csv").write_text("submission,exercise,points,reason\n00_tour.ipynb,00/redness,2,on paper\n")
+    (tmp_path / "class.csv").write_text("ID number,First name\ntour,Ada\n")
+    options = [
+        "--overrides",
+        str(tmp_path / "by_hand.csv"),
+        "--format",
+        "moodle",
+        "--roster",
+        str(tmp_path / "class.csv"),
+    ]
+    for _ in range(2):  # graded again, it stands, once
+        assert cli.main([*command, *options]) == 0
+        assert '"tour","Ada","2"' in (tmp_path / "grades-moodle.csv").read_text()
+        [row] = csv.DictReader((tmp_path / "grades.csv").read_text().splitlines())
+        assert (row["points"], row["00/redness"], row["remarks"]) == ("2", "2", "by hand: 00/redness")
+    assert cli.main(command) == 0 and '"0","12"' in (tmp_path / "grades.csv").read_text()
+    capsys.readouterr()
+
     def broken(*_, **__):
         raise sandbox.Broken("the sandbox is not shut")
 
