@@ -323,7 +323,8 @@ def test_a_column_may_appear_later(tmp_path):
 
 def test_a_missed_optimum_says_where_to_look(tmp_path):
     """A failing test that is marked prints the order of the probes, of its own loop; others do not."""
-    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
+    for name in ("conftest.py", "seconds.py"):
+        (tmp_path / name).write_text((Path(__file__).parent / name).read_text())
     fails = "def {name}():\n    assert False\n"
     marked = "import pytest\n\n@pytest.mark.optimum('ppo')\n" + fails.format(name="test_a")
     (tmp_path / "test_it.py").write_text(marked + fails.format(name="test_b"))

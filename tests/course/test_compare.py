@@ -5,11 +5,11 @@ from collections import deque
 
 import pytest
 import torch
+from test_check import EXERCISES, name, verdict
 
 from minialign.course import Exercise, check
 from minialign.course.check import find, unlike
 from minialign.course.compare import fitted
-from tests.course.test_check import EXERCISES, name, verdict
 
 SCALAR, ROW = torch.tensor(2.0), torch.tensor([1.0, 2.0])
 

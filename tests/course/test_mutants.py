@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
+from test_check import EXERCISES, name, verdict
 
 from minialign.course import Exercise
 from minialign.course.check import find, judge
 from minialign.course.mutants import LIMIT, mutants, parameter_mutants
 from minialign.course.observe import observe
-from tests.course.test_check import EXERCISES, name, verdict
 
 GENERAL = ("none of the usual", "call your function", "the docstring", "a last axis of size 1", "(batch, 1) met",
            "two axes are swapped", "an axis too many", "some axes are still", "in every case your values")  # fmt: skip
