@@ -693,7 +693,7 @@ def test_a_grade_depends_on_every_file_that_it_comes_from(tmp_path, monkeypatch)
     def now():
         return submission._fingerprint("10", (), submission._package(tmp_path))
 
-    before, weights = now(), next((tmp_path / parts[-1]).glob("*")).relative_to(tmp_path)
+    before, weights = now(), next((tmp_path / parts[-1]).rglob("*.safetensors")).relative_to(tmp_path)
     for name in (
         "course/check.py", "course/observe.py", "course/chapters/chapter_10.py", "course/chapters/questions_10.py",
         "course/grader/grade.py", "course/grader/needed.py", "kernels/language.py", "methods/ddpo.py", weights,
