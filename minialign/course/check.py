@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -151,7 +152,9 @@ def judge(exercise: Exercise, cases: Sequence[Mapping], outcomes: Sequence[Outco
         text = f"{name}: passed, {points:g} of {points:g} points ({len(cases)} cases)."
         return Verdict("passed", float(points), text)
     labels = exercise.labels if len(exercise.labels) == len(cases) else [""] * len(cases)
-    hint, shapes = diagnose(Attempt(exercise, cases, outcomes, wanted, problems, labels, exercise.forms()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a graded cell with anything on stderr earns nothing
+        hint, shapes = diagnose(Attempt(exercise, cases, outcomes, wanted, problems, labels, exercise.forms()))
     i = min(failing, key=lambda i: (shapes and _has_axis_of_one(cases[i]), size(cases[i])))  # there, shapes look alike
     smallest = f"The smallest of {len(failing)} failing cases, out of {len(cases)}"
     text = f"{name}: wrong, 0 of {points:g} points. {smallest}{f' ({labels[i]})' if labels[i] else ''}:\n"
