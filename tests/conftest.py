@@ -44,6 +44,32 @@ def two_processes(tmp_path_factory):
     return run
 
 
+EVERYTHING = """
+import sys, torch
+import torch.distributed as dist
+from accelerate import PartialState
+state = PartialState(cpu=True)
+sys.path[:0] = [{folder!r}]
+from MODULE import everything
+found = everything()
+if state.is_main_process:
+    torch.save({{"processes": dist.get_world_size(), "found": found}}, {out!r})
+state.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="session")
+def by_two_processes(two_processes):
+    """run(module): what `everything()` of a test module gives on the first of two processes; there are two."""
+
+    def run(module: str):
+        result = two_processes(EVERYTHING.replace("MODULE", module))
+        assert result["processes"] == 2
+        return result["found"]
+
+    return run
+
+
 # ---- where to look when an exact optimum is missed -------------------------------------------------------------------
 
 PROBES = """An optimum is missed for many reasons. Look in this order, and at the next only when the last is green:

@@ -283,25 +283,14 @@ def test_resumed_is_uninterrupted(name, tmp_path):
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
-TWO_PROCESSES = """
-import sys, torch
-import torch.distributed as dist
-from accelerate import PartialState
-state = PartialState(cpu=True)
-sys.path[:0] = [{folder!r}]
-from test_every_loop import LOOPS, trained
-found = {{name: trained(name)[:2] for name in LOOPS}}
-if state.is_main_process:
-    torch.save({{"processes": dist.get_world_size(), "found": found}}, {out!r})
-state.destroy_process_group()
-"""
+
+def everything() -> dict:
+    return {name: trained(name)[:2] for name in LOOPS}
 
 
 @pytest.fixture(scope="module")
-def two(two_processes):
-    result = two_processes(TWO_PROCESSES)
-    assert result["processes"] == 2
-    return result["found"]
+def two(by_two_processes):
+    return by_two_processes("test_every_loop")
 
 
 @pytest.mark.parametrize("name", LOOPS)

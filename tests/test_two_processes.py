@@ -143,25 +143,13 @@ def trained(name, trains, precision):
     return start, end, last.row(), {str(p.dtype) for p in weights}
 
 
-TWO_PROCESSES = """
-import sys, torch
-import torch.distributed as dist
-from accelerate import PartialState
-state = PartialState(cpu=True)
-sys.path[:0] = [{folder!r}]
-from test_two_processes import CASES, trained
-found = {{"/".join(case): trained(*case) for case in CASES}}
-if state.is_main_process:
-    torch.save({{"processes": dist.get_world_size(), "found": found}}, {out!r})
-state.destroy_process_group()
-"""
+def everything() -> dict:
+    return {"/".join(case): trained(*case) for case in CASES}
 
 
 @pytest.fixture(scope="module")
-def two(two_processes):
-    result = two_processes(TWO_PROCESSES)
-    assert result["processes"] == 2
-    return result["found"]
+def two(by_two_processes):
+    return by_two_processes("test_two_processes")
 
 
 @pytest.mark.parametrize("case", CASES, ids="/".join)
