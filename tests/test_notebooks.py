@@ -113,7 +113,8 @@ def grades(notebook, tmp_path, record_property):
 
 def test_a_new_chapter_may_take_less_than_an_old_one():
     known = {path.name[:2] for path in chapters("solutions")}
-    assert known >= OLD and limit(Path("solutions/60_new.ipynb")) * 1.5 == limit(Path("solutions/52_old.ipynb"))
+    assert known >= OLD and limit(Path("solutions/60_new.ipynb")) == LIMIT * slowness()
+    assert limit(Path("solutions/52_old.ipynb")) == OLD_LIMIT * slowness() > limit(Path("solutions/60_new.ipynb"))
 
 
 # Two classes, so that under --dist loadscope the two editions run side by side.
