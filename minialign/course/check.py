@@ -41,6 +41,7 @@ class Exercise:
     tolerance: float | None = None  # instead of compare.TOLERANCE
     dtype: torch.dtype | None = None  # of the result, where the text names it; else float32 and float64 both do
     also: Sequence[Callable] = ()  # other conventions that the text leaves open, right as well
+    parts: Mapping[str, int | float] = field(default_factory=dict)  # label of a case -> points, right there alone
 
     def draw(self, seed: int | None = None) -> list[dict]:
         """Fixed cases as they are, drawn ones afresh: from `seed`, or from the operating system's entropy if None."""
@@ -54,6 +55,14 @@ class Exercise:
         order = list(inspect.signature(self.reference).parameters)  # a student's parameters may have other names
         rank = {name: i for i, name in enumerate(order)}
         return [dict(sorted(case.items(), key=lambda item: rank.get(item[0], len(rank)))) for case in drawn]
+
+    def __post_init__(self):
+        unknown = sorted(set(self.parts) - set(self.labels))
+        if unknown or (self.parts and not sum(self.parts.values()) < self.points):
+            raise ValueError(
+                f"{self.name}: parts is {self.parts}; expected labels of its cases with points that leave some of the "
+                f"{self.points:g} for a right answer."
+            )
 
     @property
     def labels(self) -> list[str]:
@@ -157,9 +166,12 @@ def judge(exercise: Exercise, cases: Sequence[Mapping], outcomes: Sequence[Outco
         hint, shapes = diagnose(Attempt(exercise, cases, outcomes, wanted, problems, labels, exercise.forms()))
     i = min(failing, key=lambda i: (shapes and _has_axis_of_one(cases[i]), size(cases[i])))  # there, shapes look alike
     smallest = f"The smallest of {len(failing)} failing cases, out of {len(cases)}"
-    text = f"{name}: wrong, 0 of {points:g} points. {smallest}{f' ({labels[i]})' if labels[i] else ''}:\n"
+    right = (set(exercise.parts) & set(labels)) - {labels[i] for i in failing}
+    earned = float(sum(exercise.parts[part] for part in right))
+    kept = f" (right for: {', '.join(sorted(right))})" if right else ""
+    text = f"{name}: wrong, {earned:g} of {points:g} points{kept}. {smallest}{f' ({labels[i]})' if labels[i] else ''}:\n"
     text += "".join(f"    {argument} = {_show(value)}\n" for argument, value in cases[i].items())
-    return Verdict("wrong", 0.0, f"{text}  Your function {problems[i]}.\n  Hint: {hint}\n{GO_ON}")
+    return Verdict("wrong", earned, f"{text}  Your function {problems[i]}.\n  Hint: {hint}\n{GO_ON}")
 
 
 def _problems(exercise: Exercise, right: Callable, cases: Sequence, outcomes: Sequence) -> tuple[list, list[str]]:

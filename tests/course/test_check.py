@@ -468,3 +468,36 @@ def test_questions_explain_every_option_without_naming_the_right_one(question):
     for option, why in question.why.items():
         assert len(why) > 10
         assert option == question.answer or f"({question.answer})" not in why
+
+
+class TestParts:
+    """An answer that is right for one kind of input, which the exercise declares to be worth something, gets that."""
+
+    CASES = {"sums": FIXED, "means": drawn}
+
+    def verdict(self, function, **parts):
+        exercise = Exercise("99/log_prob", 3, log_prob, self.CASES, parts=parts)
+        cases = exercise.draw(0)
+        return judge(exercise, cases, [observe(function, case) for case in cases])
+
+    def test_what_is_right_counts_and_is_said(self):
+        verdict = self.verdict(lambda x, mean, std, reduction: log_prob(x, mean, std, "mean"), sums=1, means=1.5)
+        assert verdict[:2] == ("wrong", 1.5)
+        assert verdict.text.startswith("99/log_prob: wrong, 1.5 of 3 points (right for: means). ")
+
+    def test_without_parts_or_wrong_everywhere_nothing_counts(self):
+        assert self.verdict(lambda x, mean, std, reduction: log_prob(x, mean, std, "mean")).points == 0
+        assert self.verdict(lambda x, mean, std, reduction: 7.0, sums=1, means=1.5).points == 0
+
+    def test_all_right_is_all_points(self):
+        assert self.verdict(log_prob, sums=1, means=1.5)[:2] == ("passed", 3.0)
+
+    @pytest.mark.parametrize("parts", [dict(squares=1), dict(sums=2, means=1)], ids=["no such case", "nothing left"])
+    def test_parts_that_make_no_sense_are_refused(self, parts):
+        with pytest.raises(ValueError, match="99/log_prob: parts is .*; expected labels of its cases"):
+            self.verdict(log_prob, **parts)
+
+    def test_eps_misplaced_keeps_two_of_three(self):
+        exercise = find("10/group_advantages")
+        inside = list(exercise.mistakes.values())[-1]
+        assert check(exercise.name, inside, seed=0)[1] == 2.0 == exercise.parts["mixed groups"]

@@ -29,6 +29,7 @@ GROUP_ADVANTAGES = Exercise(
     "10/group_advantages",
     points=3,
     reference=group_advantages,
+    parts={"mixed groups": 2},  # the third is for eps, and for groups without any spread
     cases={
         "one group": dict(rewards=torch.tensor([1.0, 0.0]), group=torch.tensor([1, 1]), eps=1e-6),
         "groups 0 and 3": dict(
