@@ -29,6 +29,7 @@ REPOSITORY = Path(__file__).parent.parent
 WEIGHTS_MADE_BY = {
     "assistant": "minialign.pretrain.assistant",
     "digits": "minialign.pretrain.digits",
+    "digits_flow": "minialign.pretrain.digits_flow",
     "digits_edm": "minialign.pretrain.edm",
     "patches": "minialign.pretrain.edm",
     "shapes": "minialign.pretrain.shapes",

@@ -341,8 +341,9 @@ class Run:
 
 
 ABILITIES = {
-    "rollout": "denoises, a DiffusionPolicy or a ConsistencyPolicy",
+    "rollout": "denoises, a DiffusionPolicy, a ConsistencyPolicy or a FlowPolicy",
     "terminal_std": "draws in a few jumps, a ConsistencyPolicy",
+    "velocity": "says a velocity, a FlowPolicy",
     "generate": "answers, a LanguagePolicy",
 }
 

@@ -59,6 +59,7 @@ def policy_kind(method: Method, world: str) -> str:
 WORLD_SETTINGS = {
     "num_steps": Count,
     "eta": Fraction,
+    "noise_level": NonNegative,
     "guidance_scale": NonNegative,
     "lora_rank": Natural,
     "kind": str,
@@ -111,7 +112,7 @@ def load_world(name: str, kind: str, settings: dict[str, Any]):
     sampler = {name: value for name, value in settings.items() if name != "lora_rank"}
     if kind == "consistency" and ("consistency_distillation", name) in recipes.RECIPES:
         return distilled_world(name, sampler)
-    return worlds.load(name, **sampler, **({"model": "consistency"} if kind == "consistency" else {}))
+    return worlds.load(name, **sampler, **({"model": kind} if kind in ("consistency", "flow") else {}))
 
 
 def distilled_world(name: str, sampler: dict[str, Any]):

@@ -11,14 +11,28 @@ WORLDS = {
     "shapes": {
         "diffusion": dict(num_steps=6, eta=1.0, guidance_scale=1.0, lora_rank=16),
         "consistency": dict(num_steps=4, guidance_scale=2.5, lora_rank=16),
+        "flow": dict(num_steps=8, noise_level=0.7, guidance_scale=1.0, lora_rank=16),
     },
     "digits": {
         "diffusion": dict(num_steps=10, eta=1.0, guidance_scale=1.0, lora_rank=16),
         "consistency": dict(num_steps=4, lora_rank=16),
+        "flow": dict(num_steps=10, noise_level=0.7, guidance_scale=1.0, lora_rank=16),
     },
-    "compass": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
-    "ring": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
-    "line": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
+    "compass": {
+        "diffusion": dict(num_steps=20, eta=1.0),
+        "consistency": dict(num_steps=4),
+        "flow": dict(num_steps=10, noise_level=0.7),
+    },
+    "ring": {
+        "diffusion": dict(num_steps=20, eta=1.0),
+        "consistency": dict(num_steps=4),
+        "flow": dict(num_steps=10, noise_level=0.7),
+    },
+    "line": {
+        "diffusion": dict(num_steps=20, eta=1.0),
+        "consistency": dict(num_steps=4),
+        "flow": dict(num_steps=10, noise_level=0.7),
+    },
     "assistant": {"language": dict(lora_rank=0)},
     "tokens": {"language": dict(lora_rank=0, kind="padding")},
 }
@@ -30,6 +44,8 @@ B2_EXACT = dict(
 )
 # plain sums of the rewards to come, whitened over the round, move a table best
 TABLE = dict(num_tokens=4, num_epochs=1, gae_lambda=1.0, learning_rate=0.03)
+GRPO_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, steps_per_pass=9)
+NFT_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, levels_per_pass=9)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
     ("ddpo", "digits"): dict(num_iterations=16, learning_rate=1e-3, steps_per_pass=5),
@@ -48,6 +64,16 @@ RECIPES = {
     ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
     ("rwr", "shapes"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
+    ("grpo", "shapes"): dict(num_iterations=40, num_prompts=8, learning_rate=3e-3, warmup_updates=10, steps_per_pass=7),
+    ("grpo", "digits"): dict(num_iterations=30, num_prompts=8, learning_rate=1e-3, steps_per_pass=9),
+    ("grpo", "compass"): GRPO_EXACT,
+    ("grpo", "ring"): GRPO_EXACT,
+    ("grpo", "line"): GRPO_EXACT,
+    ("diffusion_nft", "shapes"): dict(num_iterations=30, num_prompts=8, learning_rate=3e-3, levels_per_pass=7),
+    ("diffusion_nft", "digits"): dict(num_iterations=30, num_prompts=8, learning_rate=1e-3, levels_per_pass=9),
+    ("diffusion_nft", "compass"): NFT_EXACT,
+    ("diffusion_nft", "ring"): NFT_EXACT,
+    ("diffusion_nft", "line"): NFT_EXACT,
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),

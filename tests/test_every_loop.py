@@ -22,7 +22,7 @@ from test_reward_model import make_tokenizer, network, preferences
 
 from minialign import folder, worlds
 from minialign.loop import load_checkpoint, save_checkpoint
-from minialign.methods import b2diffurl, constrained, ddpo, par, ppo, reward_model, rlcm, rwr
+from minialign.methods import b2diffurl, constrained, ddpo, diffusion_nft, grpo, par, ppo, reward_model, rlcm, rwr
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 
@@ -54,9 +54,9 @@ def words(texts, prompts):
     return torch.tensor([sum(ord(c) for c in text) % 7 / 7 for text in texts])
 
 
-def on_compass(method, wrap=lambda reward: reward):
+def on_compass(method, wrap=lambda reward: reward, model="diffusion"):
     def start():
-        world = worlds.load("compass", num_steps=5)
+        world = worlds.load("compass", model=model, num_steps=5)
         world.policy.network.double()
         world.policy.to("cpu")
 
@@ -149,6 +149,14 @@ CONSTRAINED = constrained.Config(
     (0.5, 0.4), num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, num_epochs=2,
     learning_rate=0.03,
 )  # fmt: skip
+GRPO = grpo.Config(
+    num_iterations=3, num_prompts=7, group_size=2, num_minibatches=2, learning_rate=3e-3, steps_per_pass=4,
+    warmup_updates=5, weight_decay=0.0, beta=0.1,
+)  # fmt: skip
+NFT = diffusion_nft.Config(
+    num_iterations=3, num_prompts=7, group_size=2, num_minibatches=2, learning_rate=3e-3, levels_per_pass=4,
+    weight_decay=0.0, old_rate=0.1,
+)  # fmt: skip
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -159,6 +167,15 @@ LOOPS = {
         dict(steps_per_pass=2), ONCE, constant=dict(beta=0.0),
     ),
     "ddpo on a shaped reward": Loop(on_compass(ddpo, shaped), DDPO, dict(steps_per_pass=2), ONCE),
+    "grpo": Loop(
+        on_compass(grpo, model="flow"), GRPO, dict(steps_per_pass=2), dict(num_iterations=1, num_minibatches=1)
+    ),
+    "grpo of extremes, two rewards": Loop(
+        on_compass(grpo, several, model="flow"),
+        dataclasses.replace(GRPO, best_of=2, group_size=3, same_noise=True, trained_share=0.6, scale="batch", beta=0.0),
+        dict(steps_per_pass=1), dict(num_iterations=1, num_minibatches=1),
+    ),
+    "diffusion_nft": Loop(on_compass(diffusion_nft, model="flow"), NFT, dict(levels_per_pass=1), still=None),
     "b2diffurl": Loop(on_compass(b2diffurl), B2, dict(steps_per_pass=1), ONCE),
     "b2diffurl by pairs": Loop(
         on_compass(b2diffurl), dataclasses.replace(B2, objective="pairwise"), dict(steps_per_pass=1),

@@ -169,7 +169,9 @@ def judge(exercise: Exercise, cases: Sequence[Mapping], outcomes: Sequence[Outco
     right = (set(exercise.parts) & set(labels)) - {labels[i] for i in failing}
     earned = float(sum(exercise.parts[part] for part in right))
     kept = f" (right for: {', '.join(sorted(right))})" if right else ""
-    text = f"{name}: wrong, {earned:g} of {points:g} points{kept}. {smallest}{f' ({labels[i]})' if labels[i] else ''}:\n"
+    text = (
+        f"{name}: wrong, {earned:g} of {points:g} points{kept}. {smallest}{f' ({labels[i]})' if labels[i] else ''}:\n"
+    )
     text += "".join(f"    {argument} = {_show(value)}\n" for argument, value in cases[i].items())
     return Verdict("wrong", earned, f"{text}  Your function {problems[i]}.\n  Hint: {hint}\n{GO_ON}")
 

@@ -8,6 +8,7 @@ Everything keeps the dtype it is given, so give float64 where digits matter.
     Gaussian, GaussianMixture             density, score, posterior mean, flow and samples of noised data, of any rank
     tilt_gaussian_mixture                 the optimum in continuous space, for quadratic rewards: a mixture again
     LinearGaussianSampler                 a DDIM sampler of finite steps on Gaussian data: gradient, optimum, memory
+    LinearGaussianFlow                    the same of a rectified flow's SDE
 
 Exact targets are tilts of the *sampler's* law, not of the data's: a DDPM sampler of 20 steps gives variance 0.78 where
 the data have 1, even with the exact score (sheet ddpo, trap 4). LinearGaussianSampler knows its own law.
@@ -24,13 +25,19 @@ from minialign.exact.discrete import (
 )
 from minialign.exact.gaussian import Gaussian
 from minialign.exact.mixture import GaussianMixture, TiltedMixture, tilt_gaussian_mixture
-from minialign.exact.sampler import LinearGaussianSampler, leading_timesteps, scaled_linear_alpha_bar
+from minialign.exact.sampler import (
+    LinearGaussianFlow,
+    LinearGaussianSampler,
+    leading_timesteps,
+    scaled_linear_alpha_bar,
+)
 
 __all__ = [
     "BestOfN",
     "Frontier",
     "Gaussian",
     "GaussianMixture",
+    "LinearGaussianFlow",
     "LinearGaussianSampler",
     "TiltedMixture",
     "best_of_n",

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minialign.kernels.flow import NoiseSchedule, flow_diffusion
+
 
 def scaled_linear_alpha_bar(num_train_timesteps: int = 1000) -> Float[Tensor, "t"]:
     """Stable Diffusion's noise schedule in float64: alpha_bar[0] = .99915 (data) down to alpha_bar[999] = .00466."""
@@ -123,5 +125,38 @@ class LinearGaussianSampler:
             step = int(silent[0])
             raise ValueError(
                 f"step {step} (timestep {int(self.timesteps[step])}) is deterministic (std = 0), so paths have no "
-                f"density and no KL: use eta > 0 (it is {self.eta})."
+                f"density and no KL: use more noise than {self.eta}."
             )
+
+
+class LinearGaussianFlow(LinearGaussianSampler):
+    """The same of a rectified flow's SDE (kernels.flow_step) on 1-D data N(mean, std^2), velocity exact + theta_i.
+
+    `noise_level` and `schedule` as in kernels.flow_diffusion; the grid is t = 1, 1 - 1/S, ..., 0, shifted by `shift`.
+    gain is d mean / d velocity. Sheet grpo, checks 4 and 6: `sample_variance` is V, `noise_variance` S, all that
+    KL-regularised training can tilt; in the limit of small steps V is std^2, S only where the SDE forgets its noise.
+    """
+
+    def __init__(
+        self,
+        mean: float = 0.0,
+        std: float = 1.0,
+        num_steps: int = 10,
+        noise_level: float | int = 0.7,
+        schedule: NoiseSchedule = "flow_grpo",
+        shift: float = 1.0,
+    ):
+        self.data_mean, self.data_std, self.num_steps, self.eta = mean, std, num_steps, noise_level
+        grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        grid = shift * grid / (1 + (shift - 1) * grid)
+        t, dt = grid[:-1], grid[1:] - grid[:-1]
+        self.timesteps = 1000 * t
+        diffusion = flow_diffusion(t, noise_level, schedule, grid[1])
+        self.step_std = diffusion * (-dt).sqrt()
+        shrink = (1 - t) * std**2 / ((1 - t) ** 2 * std**2 + t**2)  # of E[x_0 | x_t]
+        response, drift = (1 - shrink) / t, diffusion**2 / (2 * t)  # of the velocity to x; score's weight, s^2 / (2 t)
+        self.gain = dt * (1 + drift * (1 - t))
+        self.slope = 1 + dt * drift + self.gain * response
+        self.offset = -self.gain * mean * (1 - shrink * (1 - t)) / t
+        later = torch.cat([self.slope[1:], torch.ones(1, dtype=t.dtype)])
+        self.downstream = later.flip(0).cumprod(0).flip(0)

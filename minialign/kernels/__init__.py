@@ -18,6 +18,7 @@ from minialign.kernels.diffusion import (
     prediction_target,
 )
 from minialign.kernels.edm import edm_denoised, edm_scalings, karras_sigmas
+from minialign.kernels.flow import add_flow_noise, flow_diffusion, flow_step, variance_preserving_of
 from minialign.kernels.gaussian import (
     StepOut,
     at_least_float32,
@@ -66,6 +67,7 @@ from minialign.kernels.policy_gradient import (
 __all__ = [
     "Level",
     "StepOut",
+    "add_flow_noise",
     "add_noise",
     "at_least_float32",
     "boundary_scalings",
@@ -81,6 +83,8 @@ __all__ = [
     "edm_denoised",
     "edm_scalings",
     "expand_as",
+    "flow_diffusion",
+    "flow_step",
     "gae",
     "gaussian_denoised",
     "gaussian_flow",
@@ -114,6 +118,7 @@ __all__ = [
     "token_entropy",
     "token_log_probs",
     "token_rewards",
+    "variance_preserving_of",
     "weighted_sums",
     "whiten",
 ]

@@ -98,6 +98,15 @@ CATALOGUE = {
             kind="trains", policies=("consistency",), world="shapes", claims=("rlcm", "rlcm_shapes"),
         ),
         Method(
+            name="grpo", title="Flow-GRPO and DanceGRPO", authors="Liu et al.", year=2025, arxiv="2505.05470",
+            chapter="13", kind="trains", policies=("flow", "diffusion", "consistency"), world="shapes",
+            claims=("grpo", "grpo_shapes"), several_rewards=True,
+        ),
+        Method(
+            name="diffusion_nft", title="DiffusionNFT", authors="Zheng et al.", year=2025, arxiv="2509.16117",
+            chapter="13", kind="trains", policies=("flow",), world="digits", claims=(),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -146,6 +155,10 @@ CHAPTERS = {
             "say which denoising steps decide what, and train those: growing windows, branches with a shared beginning",
         ),
         Chapter("12_rlcm", "RLCM", "train a model that draws in four calls, and say what its last call cannot learn"),
+        Chapter(
+            "13_grpo", "Group-relative policies",
+            "let a group be its own critic, make a deterministic sampler explore, and say what its memory keeps",
+        ),
         Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",

@@ -45,7 +45,10 @@ def write(network: nn.Module, name: str, pipeline, folder: str | Path) -> None:
     # in peft's own key names: diffusers' converter renames attention alone, and its loader then misses the rest
     layers = get_peft_model_state_dict(network, adapter_name=name)
     config = network.peft_config[name].to_dict()  # rank and alpha: without them the scale would be lost
-    _kind(pipeline).save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
+    name = _part(pipeline)
+    _kind(pipeline).save_lora_weights(
+        folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": config}
+    )
 
 
 def read(network: nn.Module, pipeline, folder: str | Path) -> None:
@@ -66,7 +69,8 @@ def read(network: nn.Module, pipeline, folder: str | Path) -> None:
             "To align a model with it, load it with pipe.load_lora_weights, call pipe.fuse_lora() and "
             "pipe.unload_lora_weights(), then wrap the pipeline."
         )
-    layers, settings = ({k.removeprefix("unet."): v for k, v in part.items()} for part in (layers, metadata))
+    prefix = f"{_part(pipeline)}."
+    layers, settings = ({k.removeprefix(prefix): v for k, v in part.items()} for part in (layers, metadata))
     try:
         put_in(network, LoraConfig(**settings | {"inference_mode": False}))
         result = set_peft_model_state_dict(network, layers, NAME)
@@ -110,3 +114,9 @@ def _kind(pipeline) -> type:
 
     kind = StableDiffusionPipeline if pipeline is None else type(pipeline)
     return kind if hasattr(kind, "save_lora_weights") else StableDiffusionPipeline
+
+
+def _part(pipeline) -> str:
+    """What a pipeline's class calls the network that has the LoRA, in its files: "unet" or "transformer"."""
+    kind = _kind(pipeline)
+    return "unet" if hasattr(kind, "unet_name") else kind.transformer_name

@@ -41,6 +41,16 @@ FAMILY = (
     "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler",
     "UniPCMultistepScheduler", "SASolverScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
 )  # fmt: skip
+# Of flow matching: what FlowMatchEulerDiscreteScheduler's own set_timesteps hears.
+FLOW_LEVELS = (
+    "num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len",
+    "max_image_seq_len", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+    "time_shift_type",
+)  # fmt: skip
+FLOW_COMPONENTS = (
+    "transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2",
+    "tokenizer_3", "feature_extractor", "image_encoder",
+)  # fmt: skip
 COMPONENTS = (
     "unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
     "safety_checker", "feature_extractor", "image_encoder",  # judge or condition on pictures; only where they are asked
@@ -69,6 +79,61 @@ def understood(scheduler, kind: type):
             + repair(kind, **{name: said[name] for name in sorted(said)})
         )
     return scheduler if isinstance(scheduler, kind) else kind.from_config(scheduler.config, clip_sample=False)
+
+
+def understood_flow(scheduler):
+    """The scheduler, if it is a FlowMatchEulerDiscreteScheduler all of whose settings are heard.
+
+    Raises ValueError for another: its levels, or the sign of its time, may mean something else.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"{name} is not understood as the clock of a flow. Use pipe.scheduler = "
+            "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config), if the network says velocities."
+        )
+    defaults = inspect.signature(type(scheduler).__init__).parameters
+    for key in defaults.keys() & scheduler.config.keys() - {*FLOW_LEVELS}:
+        if scheduler.config[key] != defaults[key].default:
+            raise ValueError(
+                f"the scheduler ({name}) has {key}={scheduler.config[key]!r}, which this policy's steps would not "
+                f"hear. Use {name}.from_config(scheduler.config, {key}={defaults[key].default!r}); a pipeline's "
+                "scheduler is pipe.scheduler, and the new one goes there."
+            )
+    if scheduler.config.num_train_timesteps != 1000:
+        raise ValueError(
+            f"the scheduler ({name}) has num_train_timesteps={scheduler.config.num_train_timesteps}; flow networks "
+            f"take 1000 t. Use {name}.from_config(scheduler.config, num_train_timesteps=1000)."
+        )
+    return scheduler
+
+
+def check_flow_pipeline(pipe) -> None:
+    """Raises ValueError for what is no text-to-image pipeline of a flow: Stable Diffusion 3, FLUX."""
+    name, parts = type(pipe).__name__, getattr(pipe, "components", {})
+    missing = [part for part in ("transformer", "vae", "scheduler", "tokenizer") if getattr(pipe, part, None) is None]
+    if missing or type(pipe.transformer).__name__ not in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
+        has = f"it has no {', '.join(missing)}" if missing else f"its network is a {type(pipe.transformer).__name__}"
+        raise ValueError(
+            f"cannot wrap {name}: {has}. Expected a StableDiffusion3Pipeline or a FluxPipeline, or build "
+            "FlowPolicy(network, scheduler, ...) by hand; of a UNet with noise levels, DiffusionPolicy.from_pipeline."
+        )
+    other = [part for part, module in parts.items() if part not in FLOW_COMPONENTS and module is not None]
+    if other:
+        raise ValueError(f"cannot wrap {name}: its {other[0]} would not be heard. Wrap the text-to-image pipeline.")
+    transformer = pipe.transformer.config
+    latent, packed = pipe.vae.config.latent_channels, 4 if hasattr(pipe, "_pack_latents") else 1
+    if (
+        transformer.in_channels != packed * latent
+        or (transformer.out_channels or transformer.in_channels) != packed * latent
+    ):
+        raise ValueError(
+            f"cannot wrap {name}: its transformer takes {transformer.in_channels} channels, its VAE gives {latent}"
+            f"{' in packs of 4' if packed == 4 else ''}. Inpainting and control networks need extra channels in every "
+            "call; use a text-to-image one."
+        )
 
 
 def _check_trained_for(scheduler, names: list[str], kind: type) -> None:
@@ -115,7 +180,7 @@ def check_pipeline(pipe) -> None:
     needed = ("unet", "scheduler") if unconditional(pipe) else ("unet", "vae", "scheduler", "tokenizer")
     missing = [part for part in needed if getattr(pipe, part, None) is None]
     if missing or not (unconditional(pipe) or hasattr(pipe, "encode_prompt")):
-        hint = " It has a transformer: flow models are not diffusion policies." if hasattr(pipe, "transformer") else ""
+        hint = " It has a transformer: for a flow, FlowPolicy.from_pipeline." if hasattr(pipe, "transformer") else ""
         raise ValueError(
             f"cannot wrap {name}: it has no {', '.join(missing) or 'encode_prompt'}.{hint} Expected "
             "a pipeline like StableDiffusionPipeline, or build DiffusionPolicy(network, scheduler, ...) by hand."

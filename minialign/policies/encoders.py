@@ -19,7 +19,8 @@ def pipeline_modules(pipe, decode_rows: int) -> dict:
             module.requires_grad_(False).eval()
     if unconditional(pipe):
         return {"decoder": to_pixels}
-    return {"encoder": _pipeline_encoder(pipe), "decoder": _vae_decoder(pipe, decode_rows)}
+    heard = ("latents_mean", "latents_std") if hasattr(pipe, "text_encoder_2") else ()
+    return {"encoder": _pipeline_encoder(pipe), "decoder": vae_decoder(pipe, decode_rows, heard)}
 
 
 def latent_shape_of(network: nn.Module) -> tuple[int, ...]:
@@ -97,9 +98,12 @@ def to_pixels(images: Tensor) -> Tensor:
     return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
 
 
-def _vae_decoder(pipe, rows: int):
-    """As the pipeline decodes; a float32 copy is made here, of an autoencoder that needs one."""
-    _check_units(pipe)
+def vae_decoder(pipe, rows: int, heard: tuple[str, ...]):
+    """As the pipeline decodes; a float32 copy is made here, of an autoencoder that needs one.
+
+    heard: which units of the autoencoder the pipeline itself uses; ValueError for others.
+    """
+    _check_units(pipe, heard)
     vae = without_overflow(pipe.vae)
     scale, shift = latent_units(vae.config)
 
@@ -111,12 +115,12 @@ def _vae_decoder(pipe, rows: int):
     return decode
 
 
-def _check_units(pipe) -> None:
+def _check_units(pipe, heard: tuple[str, ...]) -> None:
     """Raises ValueError for units of the autoencoder that the pipeline itself does not hear."""
-    config, heard = pipe.vae.config, ("latents_mean", "latents_std") if hasattr(pipe, "text_encoder_2") else ()
+    config = pipe.vae.config
     for name in ("latents_mean", "latents_std", "shift_factor"):
         other = {"latents_mean": "latents_std", "latents_std": "latents_mean"}.get(name)
-        alone = name in heard and config.get(other) is None
+        alone = name in heard and other is not None and config.get(other) is None
         if config.get(name) and (name not in heard or alone):
             why = f"without {other}" if alone else f"which {type(pipe).__name__} does not use"
             raise ValueError(

@@ -23,6 +23,19 @@ def save_pipeline(pipe, folder: Path) -> None:
     _prefix_names(folder / "text_encoder" / "model.safetensors", "text_model.")
 
 
+def save_flow_pipeline(pipe, folder: Path) -> None:
+    """A StableDiffusion3Pipeline without T5, in float16: half the size, and a picture is the same to a grey level."""
+    import torch
+
+    dtype = pipe.transformer.dtype
+    pipe.to(torch.float16)
+    pipe.save_pretrained(folder)
+    pipe.to(dtype)
+    for number in ("", "_2"):
+        save_tokenizer(getattr(pipe, f"tokenizer{number}"), folder / f"tokenizer{number}")
+        _prefix_names(folder / f"text_encoder{number}" / "model.safetensors", "text_model.")
+
+
 def save_tokenizer(tokenizer, folder: Path) -> None:
     from tokenizers.models import BPE
 
@@ -42,5 +55,8 @@ def _prefix_names(path: Path, prefix: str) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(path)
-    named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in weights.items()}
+    named = {
+        name if name.startswith((prefix, "text_projection")) else prefix + name: tensor
+        for name, tensor in weights.items()
+    }
     save_file(named, path, metadata={"format": "pt"})

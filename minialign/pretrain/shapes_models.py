@@ -15,13 +15,14 @@ CONTEXT = 16  # tokens of a prompt, padded
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def tokenizer():
-    """A CLIP tokenizer of our own: each word of the grammar is one token, any other word falls to its letters."""
+def tokenizer(words: list[str] | None = None, context: int = CONTEXT):
+    """A CLIP tokenizer of our own: each of `words`, the grammar's by default, is one token, any other word falls to its
+    letters."""
     from transformers import CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     vocabulary, merges = [*letters, *(f"{letter}</w>" for letter in letters)], {}
-    for word in shapes.words():
+    for word in shapes.words() if words is None else words:
         pieces = _byte_pairs([*word[:-1], f"{word[-1]}</w>"], merges)
         while len(pieces) > 1:  # new merges rank behind the old ones, so the earlier words keep their single token
             merges[pieces[0], pieces[1]] = len(merges)
@@ -32,7 +33,7 @@ def tokenizer():
         (Path(folder) / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
         (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=CONTEXT)
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=context)
 
 
 def _byte_pairs(pieces: list[str], merges: dict[tuple[str, str], int]) -> list[str]:

@@ -1,6 +1,7 @@
 """`digits`: the 1,797 real handwritten digits, 8x8 grey pixels, that scikit-learn ships; the prompts are their names.
 
     load()                  base model: a class-conditional diffusers UNet2DModel trained on them (shipped, 0.2 M)
+    load(model="flow")      base model: a StableDiffusion3Pipeline in miniature, a rectified flow (shipped, 0.6 M)
     load(model="mixture")   base model: an exact ten-component Gaussian mixture, so densities and tilts are closed forms
     oracle                  1 where a support vector machine reads the prompt's digit in what resembles any real digit
     ink, symmetric, ...     rewards that can be seen; ink alone is easily hacked, bold and thin pay only if legible
@@ -22,8 +23,9 @@ from torch import Tensor
 from minialign import show as pictures
 from minialign.exact import GaussianMixture
 from minialign.policies.diffusion import DiffusionPolicy
+from minialign.policies.flow import FlowPolicy
 from minialign.policies.loading import load_whole
-from minialign.worlds.base import WEIGHTS, World, missing_weights, weights_of
+from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly, weights_of
 from minialign.worlds.exact_denoiser import ExactDenoiser, ResidualMLP
 from minialign.worlds.gaussian import scheduler
 
@@ -31,6 +33,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 NULL_CLASS = 10  # the label that means "any digit": what guidance contrasts with
 NUM_HELD_OUT = 360
 RIDGE = 0.01  # added to each covariance: many border pixels never vary; in squared latent units, std 0.1
+T5_TOKENS = 1  # zeros in the place of a third text encoder's tokens, in the flow model's conditions
 SPLITS = ("all", "train", "held_out")
 
 
@@ -191,6 +194,30 @@ def load_unet(folder: Path | None = None):
         return unet, DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
 
 
+def load_flow_pipeline(folder: str | Path | None = None):
+    """The flow model as a StableDiffusion3Pipeline in float32, shipped or from `folder`, on the CPU.
+
+    Prompts are the digits' names; call it with max_sequence_length=T5_TOKENS, as it was trained. Raises
+    FileNotFoundError if damaged.
+    """
+    import diffusers
+    from transformers import CLIPTextModelWithProjection
+
+    folder = WEIGHTS / "digits_flow" if folder is None else Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise missing_weights("digits_flow", f"{folder / 'model_index.json'} is missing")
+    with quietly(), weights_of("digits_flow", folder):
+        text = (load_whole(CLIPTextModelWithProjection, folder / f"text_encoder{number}") for number in ("", "_2"))
+        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+            folder, local_files_only=True, vae=load_whole(diffusers.AutoencoderKL, folder / "vae"),
+            transformer=load_whole(diffusers.SD3Transformer2DModel, folder / "transformer"), text_encoder=next(text),
+            text_encoder_2=next(text), text_encoder_3=None, tokenizer_3=None,
+        )  # fmt: skip
+        pipe.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @dataclass(kw_only=True)
 class DigitsWorld(World):
     """Real digits, and the ten-component `mixture` of them in latent space that answers in closed form."""
@@ -198,11 +225,15 @@ class DigitsWorld(World):
     mixture: GaussianMixture
 
 
+NUM_STEPS = {"unet": 20, "mixture": 20, "flow": 10}  # of the policy of each model, where nothing else is said
+
+
 def load(
     model: str = "unet",
     *,
-    num_steps: int = 20,
+    num_steps: int | None = None,
     eta: float | int = 1.0,
+    noise_level: float | int = 0.7,
     guidance_scale: float | int = 1.0,
     folder: str | Path | None = None,
     seed: int = 0,
@@ -210,21 +241,27 @@ def load(
 ) -> DigitsWorld:
     """The world of handwritten digits, on the CPU.
 
-    model "unet": the shipped network, or the one in `folder`. "mixture": the exact class-conditional mixture plus a
-    residual MLP that starts at zero (`seed` and `width` are its); `world.mixture` answers questions in closed form.
+    model "unet": the shipped network, or the one in `folder`. "flow": the shipped StableDiffusion3Pipeline, or the one
+    in `folder`, a FlowPolicy with `noise_level` in the place of `eta`. "mixture": the exact class-conditional mixture
+    plus a residual MLP that starts at zero (`seed` and `width` are its); `world.mixture` answers questions in closed
+    form. `world.policies` has the other kind as it was shipped.
     """
-    settings = {"num_steps": num_steps, "eta": eta, "guidance_scale": guidance_scale}
-    shared = {"class_names": NAMES, "null_class": NULL_CLASS, "latent_shape": (1, 8, 8), "decoder": decode}
-    if model == "unet":
-        unet, schedule = load_unet(None if folder is None else Path(folder))
-        policy = DiffusionPolicy(unet.requires_grad_(False), schedule, **shared, **settings)
-    elif model == "mixture":
-        policy = DiffusionPolicy(_mixture_network(seed, width), scheduler(), **shared, **settings)
+    if model not in NUM_STEPS:
+        raise ValueError(f"unknown model {model!r} of world 'digits'. There are: {', '.join(sorted(NUM_STEPS))}.")
+    num_steps = NUM_STEPS[model] if num_steps is None else num_steps
+    settings = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+    builders = {"diffusion": _diffusion, "flow": _flow}
+    if model == "flow":
+        policy = _flow(folder, noise_level=noise_level, **settings)
+    elif model == "unet":
+        policy = _diffusion(folder, eta=eta, **settings)
     else:
-        raise ValueError(f"unknown model {model!r} of world 'digits'. There are: mixture, unet.")
+        policy = DiffusionPolicy(_mixture_network(seed, width), scheduler(), eta=eta, **CLASSES, **settings)
+    kind = "flow" if model == "flow" else "diffusion"
+    del builders[kind]
     return DigitsWorld(
         name="digits",
-        policies={"diffusion": lambda: policy},
+        policies={kind: lambda: policy, **builders},
         prompts=list(NAMES),
         rewards=dict(REWARDS),
         default_reward="bold",
@@ -234,6 +271,19 @@ def load(
         encode=encode,
         mixture=mixture(),
     )
+
+
+CLASSES = {"class_names": NAMES, "null_class": NULL_CLASS, "latent_shape": (1, 8, 8), "decoder": decode}
+
+
+def _diffusion(folder: str | Path | None = None, **settings) -> DiffusionPolicy:
+    unet, schedule = load_unet(None if folder is None else Path(folder))
+    return DiffusionPolicy(unet.requires_grad_(False), schedule, **CLASSES, **settings)
+
+
+def _flow(folder: str | Path | None = None, **settings) -> FlowPolicy:
+    settings = {"guidance_scale": 1.0} | settings
+    return FlowPolicy.from_pipeline(load_flow_pipeline(folder), max_sequence_length=T5_TOKENS, **settings)
 
 
 def show(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str], title: str | None = None):

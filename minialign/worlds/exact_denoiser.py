@@ -4,6 +4,7 @@ A `DiffusionPolicy` around an `ExactDenoiser` is a perfect base model with no pr
 left out. Noise levels are variance preserving: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise.
 
     ExactDenoiser                                the network that diffusers' schedulers and our policies call
+    ExactVelocity                                the same of a rectified flow
     ResidualMLP, PerStepLinear, PerStepScalar    residuals, from an MLP down to one number a step
 """
 
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minialign.exact import GaussianMixture
+from minialign.kernels import Level
 
 
 class ExactDenoiser(nn.Module):
@@ -48,8 +50,11 @@ class ExactDenoiser(nn.Module):
     ) -> Float[Tensor, "b *dims"]:
         """The exact noise prediction, with no residual."""
         alpha_bar = self.alphas_cumprod[torch.as_tensor(t, device=x.device)]
+        return self.mixture.noise_pred(x, alpha_bar, self._log_weights(class_labels))
+
+    def _log_weights(self, class_labels: Tensor | None) -> Tensor | None:
         chosen = self.class_log_weights is not None and class_labels is not None
-        return self.mixture.noise_pred(x, alpha_bar, self.class_log_weights[class_labels] if chosen else None)
+        return self.class_log_weights[class_labels] if chosen else None
 
     def forward(
         self, x: Float[Tensor, "b *dims"], t: Tensor | int, class_labels: Int[Tensor, "b"] | None = None
@@ -58,6 +63,34 @@ class ExactDenoiser(nn.Module):
         if self.residual is None:
             return exact
         t = torch.as_tensor(t, device=x.device).expand(len(x))
+        return exact + self.residual(x.flatten(1), t, class_labels).reshape(x.shape)
+
+
+class ExactVelocity(ExactDenoiser):
+    """A network that says a rectified flow's velocity exactly, plus a residual: network(x, 1000 t, class_labels=None).
+
+    v = (x - E[x_0 | x_t]) / t, x_t = (1 - t) x_0 + t noise, 0 < t <= 1. `residual` takes 1000 t rounded, 0 to 999, as
+    ExactDenoiser's does its timestep. The other arguments are ExactDenoiser's.
+    """
+
+    def __init__(self, mixture: GaussianMixture, residual: nn.Module | None = None, class_components=None):
+        super().__init__(mixture, torch.empty(0), residual, class_components)
+
+    def reference_forward(
+        self, x: Float[Tensor, "b *dims"], t: Tensor | float, class_labels: Int[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b *dims"]:
+        """The exact velocity, with no residual."""
+        t = torch.as_tensor(t, device=x.device).to(torch.promote_types(x.dtype, torch.float32)).expand(len(x)) / 1000
+        denoised = self.mixture.denoised(x, Level.of(1 - t, t), self._log_weights(class_labels))
+        return (x - denoised) / t.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+    def forward(
+        self, x: Float[Tensor, "b *dims"], t: Tensor | float, class_labels: Int[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b *dims"]:
+        exact = self.reference_forward(x, t, class_labels)
+        if self.residual is None:
+            return exact
+        t = torch.as_tensor(t, device=x.device).expand(len(x)).round().long().clamp_max(999)
         return exact + self.residual(x.flatten(1), t, class_labels).reshape(x.shape)
 
 

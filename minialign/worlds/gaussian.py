@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minialign.exact import GaussianMixture, LinearGaussianSampler
+from minialign.exact import GaussianMixture, LinearGaussianFlow, LinearGaussianSampler
 from minialign.policies.diffusion import DiffusionPolicy
+from minialign.policies.flow import FlowPolicy
 from minialign.settings import Count, demand
 from minialign.worlds import gaussian_pictures
 from minialign.worlds.base import World
-from minialign.worlds.exact_denoiser import ExactDenoiser, PerStepLinear, PerStepScalar, ResidualMLP
+from minialign.worlds.exact_denoiser import ExactDenoiser, ExactVelocity, PerStepLinear, PerStepScalar, ResidualMLP
 
 # The three mixtures -------------------------------------------------------------------------------------------------
 
@@ -157,19 +158,24 @@ class GaussianWorld(World):
 
 
 RESIDUALS = ("mlp", "per_step_linear", "per_step_scalar")
+NUM_STEPS = {"diffusion": 20, "flow": 10}  # of a policy, where nothing else is said
+MODELS = tuple(NUM_STEPS)
 
 
 def load(
     name: str = "compass",
     *,
-    num_steps: int = 20,
+    model: str = "diffusion",
+    num_steps: int | None = None,
     eta: float | int = 1.0,
+    noise_level: float | int = 0.7,
     residual: str | None = None,
     seed: int = 0,
     **settings: float,
 ) -> GaussianWorld:
     """compass, ring or line, its policy a perfect base model that has not been trained.
 
+    model "diffusion": a DiffusionPolicy of 20 steps and `eta`; "flow": a FlowPolicy of 10 steps and `noise_level`.
     residual: "mlp" (compass and ring's own), "per_step_linear" or "per_step_scalar" (line's own); `seed` draws the
     MLP's weights. settings: radius, std and num_modes of ring, mean and std of line.
     """
@@ -179,16 +185,27 @@ def load(
         raise ValueError(f"unknown gaussian world {name!r};{_near(name, builders)} There are: {', '.join(builders)}.")
     for setting in settings:
         if setting not in known[name]:
-            own = ", ".join(("num_steps", "eta", "residual", "seed", *known[name]))
+            own = ", ".join(("model", "num_steps", "eta", "noise_level", "residual", "seed", *known[name]))
             raise ValueError(f"world {name!r} has no setting {setting!r}. There are: {own}.")
     if residual is not None and residual not in RESIDUALS:
         known = ", ".join(RESIDUALS)
         raise ValueError(f"unknown residual {residual!r};{_near(residual, RESIDUALS)} There are: {known}.")
 
-    def policy(mixture: GaussianMixture, classes: tuple[str, ...] | None, own_residual: str) -> DiffusionPolicy:
-        return _policy(mixture, classes, residual or own_residual, num_steps, eta, seed)
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r};{_near(model, MODELS)} There are: {', '.join(MODELS)}.")
 
-    return builders[name](policy, **settings)
+    def policies(mixture: GaussianMixture, classes: tuple[str, ...] | None, own_residual: str) -> dict[str, Callable]:
+        steps = {kind: num_steps if kind == model and num_steps is not None else own for kind, own in NUM_STEPS.items()}
+        given = mixture, classes, residual or own_residual
+        builders = {
+            "diffusion": lambda: _policy(*given, steps["diffusion"], eta, seed),
+            "flow": lambda: _flow_policy(*given, steps["flow"], noise_level, seed),
+        }
+        return {model: builders.pop(model), **builders}
+
+    world = builders[name](policies, **settings)
+    world.policy  # noqa: B018 (built now, so that what is wrong with its settings is said here)
+    return world
 
 
 def _near(name: str, known) -> str:
@@ -210,6 +227,14 @@ def scheduler():
     )
 
 
+def _residual(name: str, timesteps: Tensor, dim: int, num_classes: int, seed: int):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "mlp":
+            return ResidualMLP(dim, num_classes)
+        return PerStepLinear(timesteps, dim, num_classes) if name == "per_step_linear" else PerStepScalar(timesteps)
+
+
 def _policy(
     mixture: GaussianMixture,
     classes: tuple[str, ...] | None,
@@ -218,26 +243,35 @@ def _policy(
     eta: float | int,
     seed: int,
 ) -> DiffusionPolicy:
-    schedule, num_classes = scheduler(), len(classes or ())
+    schedule = scheduler()
     demand(Count, num_steps=num_steps)
     schedule.set_timesteps(num_steps)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if residual == "mlp":
-            network = ResidualMLP(mixture.dim, num_classes)
-        elif residual == "per_step_linear":
-            network = PerStepLinear(schedule.timesteps, mixture.dim, num_classes)
-        else:
-            network = PerStepScalar(schedule.timesteps)
-    denoiser = ExactDenoiser(mixture, schedule.alphas_cumprod, network)
+    network = _residual(residual, schedule.timesteps, mixture.dim, len(classes or ()), seed)
     return DiffusionPolicy(
-        denoiser, schedule, latent_shape=(mixture.dim,), class_names=classes, num_steps=num_steps, eta=eta
-    )
+        ExactDenoiser(mixture, schedule.alphas_cumprod, network), schedule, latent_shape=(mixture.dim,),
+        class_names=classes, num_steps=num_steps, eta=eta,
+    )  # fmt: skip
 
 
-def _compass(policy: Callable[..., DiffusionPolicy]) -> GaussianWorld:
+def _flow_policy(
+    mixture: GaussianMixture,
+    classes: tuple[str, ...] | None,
+    residual: str,
+    num_steps: int,
+    noise_level: float | int,
+    seed: int,
+) -> FlowPolicy:
+    demand(Count, num_steps=num_steps)
+    timesteps = (1000 * torch.linspace(1, 1 / num_steps, num_steps)).round().long().clamp_max(999)
+    network = _residual(residual, timesteps, mixture.dim, len(classes or ()), seed)
+    return FlowPolicy(
+        ExactVelocity(mixture, network), latent_shape=(mixture.dim,), class_names=classes, num_steps=num_steps,
+        noise_level=noise_level,
+    )  # fmt: skip
+
+
+def _compass(policies: Callable[..., dict[str, Callable]]) -> GaussianWorld:
     mixture = compass()
-    base = policy(mixture, COMPASS_CLASSES, "mlp")
 
     def real(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, list[str]]:
         samples, component = mixture.sample(n, generator)
@@ -245,7 +279,7 @@ def _compass(policy: Callable[..., DiffusionPolicy]) -> GaussianWorld:
 
     return GaussianWorld(
         name="compass",
-        policies={"diffusion": lambda: base},
+        policies=policies(mixture, COMPASS_CLASSES, "mlp"),
         prompts=list(COMPASS_CLASSES),
         rewards={
             "gold": gold,
@@ -265,10 +299,9 @@ def _compass(policy: Callable[..., DiffusionPolicy]) -> GaussianWorld:
 
 
 def _ring(
-    policy: Callable[..., DiffusionPolicy], radius: float = 2.0, std: float = 0.25, num_modes: int = 8
+    policies: Callable[..., dict[str, Callable]], radius: float = 2.0, std: float = 0.25, num_modes: int = 8
 ) -> GaussianWorld:
     mixture, modes = ring(radius, std, num_modes), ring_modes(radius, num_modes)
-    base = policy(mixture, None, "mlp")
     values = 1 - torch.arange(num_modes) / num_modes  # lopsided on purpose: mode 0, on the right, is the best
     oracle = on_mode(modes[0], 3 * std)
 
@@ -277,7 +310,7 @@ def _ring(
 
     return GaussianWorld(
         name="ring",
-        policies={"diffusion": lambda: base},
+        policies=policies(mixture, None, "mlp"),
         prompts=["a point"],
         rewards={"first_coordinate": first_coordinate, "mode_value": mode_value(modes, values), "on_mode": oracle},
         default_reward="first_coordinate",
@@ -290,10 +323,8 @@ def _ring(
     )
 
 
-def _line(policy: Callable[..., DiffusionPolicy], mean: float = 0.0, std: float = 1.0) -> GaussianWorld:
+def _line(policies: Callable[..., dict[str, Callable]], mean: float = 0.0, std: float = 1.0) -> GaussianWorld:
     mixture = line(mean, std)
-    base = policy(mixture, None, "per_step_scalar")
-    sampler = LinearGaussianSampler(mean, std, base.num_steps, base.eta, base.scheduler.alphas_cumprod)
 
     def above_most_data(samples: Float[Tensor, "b 1"], prompts: Sequence[str]) -> Float[Tensor, "b"]:
         return (samples[:, 0] > mean + std).to(samples.dtype)
@@ -301,9 +332,9 @@ def _line(policy: Callable[..., DiffusionPolicy], mean: float = 0.0, std: float 
     def real(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, list[str]]:
         return mixture.sample(n, generator)[0], ["a number"] * n
 
-    return GaussianWorld(
+    world = GaussianWorld(
         name="line",
-        policies={"diffusion": lambda: base},
+        policies=policies(mixture, None, "per_step_scalar"),
         prompts=["a number"],
         rewards={"first_coordinate": first_coordinate, "above_most_data": above_most_data},
         default_reward="first_coordinate",
@@ -311,5 +342,10 @@ def _line(policy: Callable[..., DiffusionPolicy], mean: float = 0.0, std: float 
         real=real,
         show=gaussian_pictures.line(mixture),
         mixture=mixture,
-        sampler=sampler,
     )
+    base = world.policy
+    if world.policy_kind == "flow":
+        world.sampler = LinearGaussianFlow(mean, std, base.num_steps, base.noise_level)
+    else:
+        world.sampler = LinearGaussianSampler(mean, std, base.num_steps, base.eta, base.scheduler.alphas_cumprod)
+    return world

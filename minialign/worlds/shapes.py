@@ -27,6 +27,7 @@ from torch import Tensor
 from minialign import show as pictures
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
+from minialign.policies.flow import FlowPolicy
 from minialign.policies.loading import load_whole
 from minialign.rewards import clip_scorer
 from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly, weights_of
@@ -92,6 +93,7 @@ MODELS = {
     "diffusion": ("shapes", "StableDiffusionPipeline", dict(num_steps=8, guidance_scale=1.0)),
     "consistency": ("shapes_lcm", "LatentConsistencyModelPipeline", dict(num_steps=4, guidance_scale=2.5)),
 }
+FLOW = dict(num_steps=8, noise_level=0.7, guidance_scale=1.0)  # the diffusion model on a flow's clock
 PROMPTS = (
     "a red circle above a blue square",
     "a green triangle above a yellow circle",
@@ -188,7 +190,9 @@ class ShapesWorld(World):
 
 def _policy(
     model: str, folder: str | Path | None = None, eta: float | int = 1.0, **given: float | int
-) -> DiffusionPolicy | ConsistencyPolicy:
+) -> DiffusionPolicy | ConsistencyPolicy | FlowPolicy:
+    if model == "flow":
+        return FlowPolicy.from_diffusion(_policy("diffusion", folder), **FLOW | given)
     pipe = load_pipeline(folder, model)
     settings = MODELS[model][2] | given
     if model == "diffusion":
@@ -201,19 +205,22 @@ def load(
     model: str = "diffusion",
     num_steps: int | None = None,
     eta: float | int = 1.0,
+    noise_level: float | int = FLOW["noise_level"],
     guidance_scale: float | int | None = None,
     folder: str | Path | None = None,
 ) -> ShapesWorld:
     """The world of shapes, on the CPU, with the base model shipped or in `folder`.
 
     model "diffusion": 8 steps, no guidance, if nothing else is said. "consistency": the twin, 4 calls, the guidance 2.5
-    that was distilled into it, no eta. The settings are those of `world.policy`; `world.policies` has the other model
-    as it was shipped. `prompts` are eight relation prompts; sixteen others are held out.
+    that was distilled into it, no eta. "flow": the diffusion model on a flow's clock (`policies.flow.AsVelocity`), 8
+    steps, `noise_level` in the place of eta. The settings are those of `world.policy`; `world.policies` has the
+    others as they were shipped. `prompts` are eight relation prompts; sixteen others are held out.
     """
     given = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+    given |= {"noise_level": noise_level} if model == "flow" else {}
     policy = _policy(model, folder, eta, **{name: value for name, value in given.items() if value is not None})
-    scorer = load_scorer(folder if model == "diffusion" else None)
-    others = {kind: functools.partial(_policy, kind) for kind in MODELS if kind != model}
+    scorer = load_scorer(None if model == "consistency" else folder)
+    others = {kind: functools.partial(_policy, kind) for kind in (*MODELS, "flow") if kind != model}
     return ShapesWorld(
         name="shapes",
         policies={model: lambda: policy, **others},

@@ -473,7 +473,7 @@ def test_questions_explain_every_option_without_naming_the_right_one(question):
 class TestParts:
     """An answer that is right for one kind of input, which the exercise declares to be worth something, gets that."""
 
-    CASES = {"sums": FIXED, "means": drawn}
+    CASES = types.MappingProxyType({"sums": FIXED, "means": drawn})
 
     def verdict(self, function, **parts):
         exercise = Exercise("99/log_prob", 3, log_prob, self.CASES, parts=parts)
@@ -494,7 +494,7 @@ class TestParts:
 
     @pytest.mark.parametrize("parts", [dict(squares=1), dict(sums=2, means=1)], ids=["no such case", "nothing left"])
     def test_parts_that_make_no_sense_are_refused(self, parts):
-        with pytest.raises(ValueError, match="99/log_prob: parts is .*; expected labels of its cases"):
+        with pytest.raises(ValueError, match=r"99/log_prob: parts is .*; expected labels of its cases"):
             self.verdict(log_prob, **parts)
 
     def test_eps_misplaced_keeps_two_of_three(self):

@@ -54,6 +54,18 @@ CASES = {
     "ddim_step scores": (step("v_prediction", next=Z), (X, Y, A, A_NEXT)),
     "ddim_step x0": (step("sample"), (X, Y, A, A_NEXT)),
     "ddim_alpha_bars": (lambda table, t: kernels.ddim_alpha_bars(table, t, 2, 0.99), (A, torch.tensor([4, 3, 1]))),
+    "add_flow_noise": (lambda x, z, t: kernels.add_flow_noise(x, z, t), (X, Y, A)),
+    "flow_diffusion": (lambda t: kernels.flow_diffusion(t, 0.7, "flow_grpo", t[1]), (A,)),
+    "flow_diffusion constant": (lambda t: kernels.flow_diffusion(t, 0.3, "constant", t[1]), (A,)),
+    "flow_step samples": (
+        lambda v, x, t, u, s: kernels.flow_step(v, x, u, t, s, reduction="mean", noise=Z),
+        (X, Y, A, A_NEXT, STD),
+    ),
+    "flow_step scores": (
+        lambda v, x, t, u, s: kernels.flow_step(v, x, u, t, s, reduction="sum", next=Z),
+        (X, Y, A, A_NEXT, STD),
+    ),
+    "variance_preserving_of": (lambda t: kernels.variance_preserving_of(t), (A,)),
     "means": (lambda p, q: kernels.means({"p": p, "q": q}), (LOG_P, LOG_Q)),
     "weighted_sums": (lambda p, q: kernels.weighted_sums({"p": p}, q), (LOG_P, LOG_Q)),
     "clipped_surrogate": (lambda p, q, a: kernels.clipped_surrogate(p, q, a, 0.2), (LOG_P, LOG_Q, REWARDS)),

@@ -79,6 +79,68 @@ def stable_diffusion_xl(tmp_path, **networks):
     )  # fmt: skip
 
 
+def t5_encoder(width):
+    from transformers import T5Config, T5EncoderModel
+
+    config = dict(vocab_size=54, d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2, pad_token_id=1)
+    return T5EncoderModel(T5Config(**config))
+
+
+def flow_vae(channels):
+    """Pictures of twice the latents' side, in units that are shifted, as Stable Diffusion 3's and FLUX's are."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, sample_size=8, latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=1.5,
+        shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def stable_diffusion_3(tmp_path, third=True, **scheduler):
+    """8x8 pixels; its last block's output layer is 0 in diffusers, so it is drawn here."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    text = [CLIPTextModelWithProjection(CLIPTextConfig(**text_config(projection_dim=8))) for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=16,
+        pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    words = tokenizer(tmp_path)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, vae=flow_vae(4),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
+        text_encoder=text[0], tokenizer=words, text_encoder_2=text[1], tokenizer_2=words,
+        text_encoder_3=t5_encoder(32) if third else None, tokenizer_3=words if third else None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux(tmp_path, guidance_embeds=True, **scheduler):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    words = tokenizer(tmp_path)
+    settings = dict(shift=3.0, use_dynamic_shifting=True, base_image_seq_len=2, max_image_seq_len=16) | scheduler
+    pipe = FluxPipeline(
+        transformer=transformer, vae=flow_vae(4), scheduler=FlowMatchEulerDiscreteScheduler(**settings),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text_config())), tokenizer=words, text_encoder_2=t5_encoder(32),
+        tokenizer_2=words,
+    )  # fmt: skip
+    pipe.default_sample_size = 4
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def class_conditional(num_classes=4):
     from diffusers import UNet2DModel
 

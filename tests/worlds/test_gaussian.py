@@ -210,7 +210,7 @@ def test_seed_and_residuals_of_load():
         gaussian.load("compass", residual="per_step_linaer")
     with pytest.raises(ValueError, match="did you mean 'compass'"):
         gaussian.load("compas")
-    with pytest.raises(ValueError, match=r"world 'compass' has no setting 'std'. There are: num_steps"):
+    with pytest.raises(ValueError, match=r"world 'compass' has no setting 'std'. There are: model, num_steps"):
         gaussian.load("compass", std=0.1)
 
 
