@@ -19,6 +19,8 @@ import claim_consistency
 import claim_constrained
 import claim_constrained_assistant
 import claim_ddpo
+import claim_grpo
+import claim_grpo_shapes
 import claim_par
 import claim_ppo
 import claim_rlcm
@@ -42,6 +44,8 @@ CLAIMS = {
     "constrained": claim_constrained,
     "constrained_assistant": claim_constrained_assistant,
     "ddpo": claim_ddpo,
+    "grpo": claim_grpo,
+    "grpo_shapes": claim_grpo_shapes,
     "par": claim_par,
     "ppo": claim_ppo,
     "rlcm": claim_rlcm,
@@ -259,3 +263,20 @@ def test_the_kl_regularised_optimum_is_met():
 def test_unknown_replication(capsys):
     assert cli.main(["replicate", "ddpp"]) == 2
     assert "did you mean 'ddpo'" in capsys.readouterr().err
+
+
+def test_grpo_can_fail():
+    stored = json.loads((HERE / "results/grpo.json").read_text())["runs"]
+    base = {r["seed"]: r["trace"]["60"] for r in stored if r["arm"] == "raw rewards"}
+    useless = [r | {"trace": r["trace"] | {"60": base[r["seed"]]}} if r["arm"] == "Flow-GRPO" else r for r in stored]
+    bars = {bar["id"]: bar["passed"] for bar in claim_grpo.verdict(useless)["bars"]}
+    assert not bars["(c) Flow-GRPO minus raw rewards"]
+    stored = json.loads((HERE / "results/grpo_shapes.json").read_text())["runs"]
+    still = [r | {"after": r["before"]} for r in stored]
+    assert claim_grpo_shapes.verdict(still)["verdict"] == "does not replicate in miniature"
+
+
+def test_one_seed_of_grpo():
+    first = claim_grpo.plane_run("Flow-GRPO", 0, rounds=20)["trace"]  # stored: -4.2, then -.8 to -.2
+    assert first["20"]["reward"] > first["0"]["reward"] + 2.5
+    assert first["20"]["network_evaluations"] == 20 * 192 * (10 + 3 * 9) and first["20"]["queries"] == 20 * 192
