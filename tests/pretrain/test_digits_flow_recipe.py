@@ -55,9 +55,9 @@ def test_the_flow_loss_is_zero_for_a_network_that_knows_the_velocity():
         seen.append((hidden_states, timestep, name))
         return types.SimpleNamespace(sample=noise - latents)
 
-    assert recipe.flow_matching_loss(network, latents, {"name": 1}, t, noise) == 0
+    assert recipe.flow_matching_loss(network, latents, {"name": t}, t, noise) == 0
     states, timestep, name = seen[0]
-    assert torch.equal(states, add_flow_noise(latents, noise, t)) and torch.equal(timestep, 1000 * t) and name == 1
+    assert torch.equal(states, add_flow_noise(latents, noise, t)) and torch.equal(timestep, 1000 * t) and name is t
 
 
 def test_the_autoencoders_loss_is_zero_for_the_identity():
