@@ -19,6 +19,7 @@ WORLDS = {
     "compass": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
     "ring": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
     "line": {"diffusion": dict(num_steps=20, eta=1.0), "consistency": dict(num_steps=4)},
+    "crowd": {"diffusion": dict(num_steps=10, eta=1.0)},
     "assistant": {"language": dict(lora_rank=0)},
     "tokens": {"language": dict(lora_rank=0, kind="padding")},
 }
