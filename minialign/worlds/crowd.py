@@ -6,8 +6,8 @@
     oracle                  1 where g . (x - m_c) > 0 and x lies within 3 standard deviations of m_c: better, and real
 
 A model that knows each prompt's exact score, so nothing is pretrained; what trains is told m_c, not which prompt it is,
-and can serve prompts that it never saw. The levels are 25 times what a sample can earn: a baseline that mixes prompts
-drowns in them. Sheet prdp. `sampler` is each prompt's law in closed form: the optimum moves every prompt alike.
+and can serve prompts that it never saw. Levels have a standard deviation of 6, a prompt's own rewards one of .4: a
+baseline that mixes prompts drowns in them. Sheet prdp. `sampler` is each prompt's law in closed form: the optimum moves every prompt alike.
 """
 
 from collections.abc import Sequence
