@@ -167,12 +167,12 @@ def _picture(samples: Tensor, relative: Tensor, levels: Tensor, direction: Tenso
             right.plot(k * STD * angle.cos(), k * STD * angle.sin(), color=pictures.QUIET, linewidth=1)
         tip = direction / direction.norm()
         right.annotate("", 2.6 * tip, 2.05 * tip, arrowprops=dict(arrowstyle="-|>", color=pictures.INK, lw=2))
-        right.plot(*mean, marker="P", color=pictures.COLORS[1], markersize=11, linestyle="none", label="mean")
+        right.plot(*mean, marker="P", color=pictures.COLORS[1], markersize=11, linestyle="none", label="mean (title: along the arrow)")
         right.legend(loc="lower right")
         for ax, points in ((left, samples), (right, relative)):
             reach = min(max(2.4, 1.05 * float(points.abs().amax())), 8.0)
             ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
             ax.grid(False)
         left.set_title("on the map")
-        right.set_title(f"from its centre: {float((relative @ direction).mean()):+.2f} along the arrow")
+        right.set_title(f"from its centre: {float((relative @ direction).mean()):+.2f}")
     return fig

@@ -237,16 +237,16 @@ def test_one_seed_of_b2diffurl_and_of_ddpo():
 def test_prdp_can_fail():
     stored = json.loads((HERE / "results/prdp.json").read_text())["runs"]
     kept = failed(claim_prdp.verdict(stored))
+    far, low = "largest relative error of the gain", "gain uneven over gain even"
     for arm, factor, bar in (
-        ("PRDP, few, uneven", 1.12, "(a) few prompts, PRDP after 60 rounds: largest relative error of the gain"),
-        ("PRDP, few, even", 1.2, "(b) few prompts, PRDP: gain uneven over gain even, the seed farthest from 1"),
-        ("DDPO batch, few, even", 0.05, claim_c := "(c) few prompts, DDPO with the batch's statistics after 20 rounds: "
-         "gain uneven over gain even"),
-        ("DDPO prompt, many, even", 0.05, claim_c.replace("(c) few", "many").replace("the batch's statistics", "its buffers")),
+        ("PRDP, few, uneven", 1.12, f"(a) few prompts, PRDP after 60 rounds: {far}"),
+        ("PRDP, few, even", 1.2, f"(b) few prompts, PRDP: {low}, the seed farthest from 1"),
+        ("DDPO batch, few, even", 0.05, f"(c) few prompts, DDPO with the batch's statistics after 20 rounds: {low}"),
+        ("DDPO prompt, many, even", 0.05, f"many prompts, DDPO with its buffers after 20 rounds: {low}"),
         ("PRDP, many, uneven", 0.85, "many prompts, PRDP by pairs after 60 rounds: largest relative error on prompts "
          "never drawn"),
-        ("PRDP hot, few, uneven", 1.4, "(d) ten times the learning rate, 20 updates a round: largest relative error with "
-         "the clip"),
+        ("PRDP hot, few, uneven", 1.4, "(d) ten times the learning rate, 20 updates a round: largest relative error "
+         "with the clip"),
     ):  # fmt: skip
         bent = [r | ({"gain": [factor * g for g in r["gain"]]} if r["arm"] == arm else {}) for r in stored]
         assert bar in failed(claim_prdp.verdict(bent)) - kept, bar

@@ -86,5 +86,5 @@ def test_seeds_names_and_refusals():
 def test_a_picture_of_it():
     world = worlds.load("crowd")
     fig = world.show(*world.real(200, torch.Generator().manual_seed(0)))
-    assert isinstance(fig, Figure) and "along the arrow" in fig.axes[1].get_title("left")
+    assert isinstance(fig, Figure) and "from its centre: " in fig.axes[1].get_title("left")
     assert all(ax.get_xlabel() for ax in fig.axes[:2])
