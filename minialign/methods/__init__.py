@@ -152,7 +152,7 @@ CHAPTERS = {
         Chapter("12_rlcm", "RLCM", "train a model that draws in four calls, and say what its last call cannot learn"),
         Chapter(
             "14_prdp", "PRDP",
-            "turn the optimum of a KL-regularised reward into a regression, and say why it needs no statistics of prompts",
+            "turn the optimum of a regularised reward into a regression that needs no statistics of prompts, and ends",
         ),
         Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",

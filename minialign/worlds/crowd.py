@@ -5,9 +5,10 @@
     "uneven", the default   the same + level_c, levels spread over +-10: what a prompt pays, whatever is drawn for it
     oracle                  1 where g . (x - m_c) > 0 and x lies within 3 standard deviations of m_c: better, and real
 
-A model that knows each prompt's exact score, so nothing is pretrained; what trains is told m_c, not which prompt it is,
+The model knows each prompt's exact score, so nothing is pretrained; what trains is told m_c, not which prompt it is,
 and can serve prompts that it never saw. Levels have a standard deviation of 6, a prompt's own rewards one of .4: a
-baseline that mixes prompts drowns in them. Sheet prdp. `sampler` is each prompt's law in closed form: the optimum moves every prompt alike.
+baseline that mixes prompts drowns in them. Sheet prdp. `sampler` is each prompt's law in closed form: the optimum moves
+every prompt alike.
 """
 
 from collections.abc import Sequence
@@ -167,7 +168,14 @@ def _picture(samples: Tensor, relative: Tensor, levels: Tensor, direction: Tenso
             right.plot(k * STD * angle.cos(), k * STD * angle.sin(), color=pictures.QUIET, linewidth=1)
         tip = direction / direction.norm()
         right.annotate("", 2.6 * tip, 2.05 * tip, arrowprops=dict(arrowstyle="-|>", color=pictures.INK, lw=2))
-        right.plot(*mean, marker="P", color=pictures.COLORS[1], markersize=11, linestyle="none", label="mean (title: along the arrow)")
+        right.plot(
+            *mean,
+            marker="P",
+            color=pictures.COLORS[1],
+            markersize=11,
+            linestyle="none",
+            label="mean (title: along the arrow)",
+        )
         right.legend(loc="lower right")
         for ax, points in ((left, samples), (right, relative)):
             reach = min(max(2.4, 1.05 * float(points.abs().amax())), 8.0)
