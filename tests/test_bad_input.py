@@ -231,7 +231,7 @@ next(rlcm.train(compass(), first, ["inner"]))  =>  the policy is a DiffusionPoli
 next(b2diffurl.train(compass(), first, "inner"))  =>  prompts is the string 'inner'; expected a list of strings: [
 next(prdp.train(compass(), first, ["inner"], prdp.Config(group_size=1)))  =>  group_size is 1; PRDP compares the
 next(prdp.train(tokens(), first, ["inner"]))  =>  the policy is a LanguagePolicy; this method needs one that d
-prdp.prdp_loss(zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 1), 1., .1)  =>  got rewards (2, 1), paths (2, 3)
+prdp.prdp_loss(zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 1), 1., .1)  =>  got rewards (2, 1)
 prdp.prdp_loss(zeros(2, 3, 4), zeros(2, 3, 1), zeros(2, 3, 4), zeros(2, 3), 1., .1)  =>  expected one shape
 load("crowd", num_prompts=0)  =>  num_prompts is 0; expected a whole number of at least 1.
 next(rwr.train(compass(), first, "inner"))  =>  prompts is the string 'inner'; expected a list of prompts: [
