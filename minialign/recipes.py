@@ -28,6 +28,7 @@ WORLDS = {
         "consistency": dict(num_steps=4),
         "flow": dict(num_steps=10, noise_level=0.7),
     },
+    "crowd": {"diffusion": dict(num_steps=10, eta=1.0)},
     "line": {
         "diffusion": dict(num_steps=20, eta=1.0),
         "consistency": dict(num_steps=4),
@@ -62,6 +63,9 @@ RECIPES = {
     ("rlcm", "digits"): dict(num_iterations=32, learning_rate=1e-3, num_minibatches=2),
     ("rlcm", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
     ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
+    # none for shapes: at four settings, 15 to 25 rounds, two minutes each, its 0/1 oracle did not rise
+    ("prdp", "digits"): dict(num_iterations=24, num_updates=2, beta=0.005, clip_range=0.2, learning_rate=1e-3),
+    ("prdp", "crowd"): dict(num_iterations=60, beta=0.5, learning_rate=1e-3, weight_decay=0.0, prompts_per_pass=16),
     ("rwr", "shapes"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("grpo", "shapes"): dict(num_iterations=40, num_prompts=8, learning_rate=3e-3, warmup_updates=10, steps_per_pass=7),

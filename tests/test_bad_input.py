@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minialign import cli, kernels, loop, measure, rewards, statistics, worlds
-from minialign.methods import CATALOGUE, b2diffurl, constrained, ddpo, par, ppo, rlcm, rwr
+from minialign.methods import CATALOGUE, b2diffurl, constrained, ddpo, par, ppo, prdp, rlcm, rwr
 from minialign.settings import annotations, fits
 
 FILES = {
@@ -229,6 +229,11 @@ next(ppo.train(tokens(), first, []))  =>  prompts is empty; give at least one.
 next(ppo.train(tokens(), first, "abc"))  =>  prompts is the string 'abc'; expected a list of strings: ['a
 next(rlcm.train(compass(), first, ["inner"]))  =>  the policy is a DiffusionPolicy; this method needs one that
 next(b2diffurl.train(compass(), first, "inner"))  =>  prompts is the string 'inner'; expected a list of strings: [
+next(prdp.train(compass(), first, ["inner"], prdp.Config(group_size=1)))  =>  group_size is 1; PRDP compares the
+next(prdp.train(tokens(), first, ["inner"]))  =>  the policy is a LanguagePolicy; this method needs one that d
+prdp.prdp_loss(zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 1), 1., .1)  =>  got rewards (2, 1)
+prdp.prdp_loss(zeros(2, 3, 4), zeros(2, 3, 1), zeros(2, 3, 4), zeros(2, 3), 1., .1)  =>  expected one shape
+load("crowd", num_prompts=0)  =>  num_prompts is 0; expected a whole number of at least 1.
 next(rwr.train(compass(), first, "inner"))  =>  prompts is the string 'inner'; expected a list of prompts: [
 next(constrained.train(tokens(), [], [0]))  =>  there are 0 rewards and 0 thresholds: give one threshold for
 par.Shaped(lambda s, p: s, None, par.Config("best"))  =>  method is 'best'; expected one of 'vanilla', 'centred', 'c
@@ -314,8 +319,8 @@ def in_world(name: str):
 
 NAMES = dict(
     kernels=kernels, loop=loop, measure=measure, rewards=rewards, statistics=statistics, load=worlds.load, torch=torch,
-    b2diffurl=b2diffurl, constrained=constrained, ddpo=ddpo, par=par, ppo=ppo, rlcm=rlcm, rwr=rwr, zeros=torch.zeros,
-    nan=float("nan"), first=lambda samples, prompts: samples[:, 0],
+    b2diffurl=b2diffurl, constrained=constrained, ddpo=ddpo, par=par, ppo=ppo, prdp=prdp, rlcm=rlcm, rwr=rwr,
+    zeros=torch.zeros, nan=float("nan"), first=lambda samples, prompts: samples[:, 0],
     compass=in_world("compass"), tokens=in_world("tokens"), assistant=in_world("assistant"),
 )  # fmt: skip
 

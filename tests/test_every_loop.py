@@ -22,7 +22,7 @@ from test_reward_model import make_tokenizer, network, preferences
 
 from minialign import folder, worlds
 from minialign.loop import load_checkpoint, save_checkpoint
-from minialign.methods import b2diffurl, constrained, ddpo, diffusion_nft, grpo, par, ppo, reward_model, rlcm, rwr
+from minialign.methods import b2diffurl, constrained, ddpo, diffusion_nft, grpo, par, ppo, prdp, reward_model, rlcm, rwr
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 
@@ -141,6 +141,10 @@ B2 = b2diffurl.Config(
     negative_threshold=0.0,
 )  # fmt: skip
 RLCM = rlcm.Config(num_iterations=3, num_prompts=7, group_size=2, num_minibatches=2, learning_rate=3e-3, clip_range=0.1)
+PRDP = prdp.Config(
+    num_iterations=3, num_prompts=7, group_size=3, num_updates=2, beta=0.5, clip_range=0.01, learning_rate=3e-3,
+    prompts_per_pass=3, weight_decay=0.0,
+)  # fmt: skip
 PPO = ppo.Config(
     num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, num_epochs=2, learning_rate=0.03,
     kl_target=0.01, kl_horizon=50,
@@ -184,6 +188,11 @@ LOOPS = {
     "rlcm": Loop(consistency_start, RLCM, {}, dict(num_iterations=1, num_minibatches=1)),
     "rlcm by rebel": Loop(consistency_start, dataclasses.replace(RLCM, objective="rebel"), {},
                           dict(num_iterations=1, num_minibatches=1)),
+    "prdp": Loop(on_compass(prdp), PRDP, dict(prompts_per_pass=2), dict(num_iterations=1, num_updates=1)),
+    "prdp by steps": Loop(
+        on_compass(prdp), dataclasses.replace(PRDP, steps_per_pass=3, ties=True, shared_start=True),
+        dict(steps_per_pass=2), dict(num_iterations=1, num_updates=1),
+    ),
     "ppo": Loop(language_start(ppo, 1), PPO, dict(rows_per_pass=5), ONCE, "policy", KL_OFF),
     "ppo as grpo": Loop(
         language_start(ppo, 1), dataclasses.replace(PPO, advantage="grpo", kl_loss="k3"), dict(rows_per_pass=5), ONCE,

@@ -107,6 +107,10 @@ CATALOGUE = {
             chapter="13", kind="trains", policies=("flow",), world="digits", claims=(),
         ),
         Method(
+            name="prdp", title="PRDP", authors="Deng et al.", year=2024, arxiv="2402.08714", chapter="14",
+            kind="trains", policies=("diffusion",), world="crowd", claims=("prdp",),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -160,6 +164,10 @@ CHAPTERS = {
             "let a group be its own critic, make a deterministic sampler explore, and say what its memory keeps",
         ),
         Chapter(
+            "14_prdp", "PRDP",
+            "turn the optimum of a regularised reward into a regression that needs no statistics of prompts, and ends",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),
@@ -181,7 +189,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "13": "group-relative (GRPO)", "14": "PRDP", "15": "which noise", "16": "RAFT", "17": "DRAGON",
+    "15": "which noise", "16": "RAFT", "17": "DRAGON",
     "20": "Diffusion-DPO", "21": "D3PO", "22": "INPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minialign.policies.paths import path_log_probs, reference_log_probs
+
 
 class Episodes(NamedTuple):
     """One process's share of a round, an episode a row: b episodes of at most t actions, tokens or denoising steps.
@@ -70,15 +72,13 @@ def denoise(policy, prompts: list[str], noise: Tensor, rows_per_pass: int, steps
     """
     traj = policy.rollout(prompts, noise, reduction="sum")
 
-    def score(rows: Tensor, places: Tensor, reference: bool = False) -> tuple[Tensor, None]:
-        states, step, condition, next, _ = traj.transitions(rows, places.expand(len(rows), -1))
-        out = policy.step(states, step, condition, next=next, reduction="sum", reference=reference)
-        return out.log_prob.view(len(rows), -1), None
+    def score(rows: Tensor, places: Tensor) -> tuple[Tensor, None]:
+        return path_log_probs(policy, traj, rows, places, reduction="sum"), None
 
-    num_rows, num_actions = traj.log_probs.shape
-    places = torch.arange(num_actions, device=policy.device).split(steps_per_pass)
-    passes = torch.arange(num_rows, device=policy.device).split(rows_per_pass)
-    log_prob_ref = torch.cat([torch.cat([score(rows, p, reference=True)[0] for p in places], 1) for rows in passes])
+    places = torch.arange(traj.log_probs.shape[1], device=policy.device).split(steps_per_pass)
+    log_prob_ref = reference_log_probs(
+        policy, traj, reduction="sum", rows_per_pass=rows_per_pass, steps_per_pass=steps_per_pass
+    )
     mask = torch.ones_like(traj.log_probs, dtype=torch.bool)
     num_elements = torch.Size(policy.latent_shape).numel()
     samples = policy.decode(traj.final)

@@ -8,6 +8,7 @@ from minialign.worlds.base import World
 _MODULES = {
     "assistant": "assistant",
     "compass": "gaussian",
+    "crowd": "crowd",
     "digits": "digits",
     "line": "gaussian",
     "ring": "gaussian",

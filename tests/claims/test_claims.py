@@ -23,6 +23,7 @@ import claim_grpo
 import claim_grpo_shapes
 import claim_par
 import claim_ppo
+import claim_prdp
 import claim_rlcm
 import claim_rlcm_shapes
 import claim_teleport
@@ -48,6 +49,7 @@ CLAIMS = {
     "grpo_shapes": claim_grpo_shapes,
     "par": claim_par,
     "ppo": claim_ppo,
+    "prdp": claim_prdp,
     "rlcm": claim_rlcm,
     "rlcm_shapes": claim_rlcm_shapes,
     "teleport": claim_teleport,
@@ -234,6 +236,35 @@ def test_one_seed_of_b2diffurl_and_of_ddpo():
     ours, ddpo = (claim_b2diffurl.compass_run(method, 0.01, 0) for method in ("B2 official", "DDPO"))
     assert ours["entropy"] - ddpo["entropy"] > 0.1
     assert ours["network_evaluations"] < 0.6 * ddpo["network_evaluations"] and ours["queries"] > ddpo["queries"]
+
+
+def test_prdp_can_fail():
+    stored = json.loads((HERE / "results/prdp.json").read_text())["runs"]
+    kept = failed(claim_prdp.verdict(stored))
+    far, low = "largest relative error of the gain", "gain uneven over gain even"
+    for arm, factor, bar in (
+        ("PRDP, few, uneven", 1.12, f"(a) few prompts, PRDP after 60 rounds: {far}"),
+        ("PRDP, few, even", 1.2, f"(b) few prompts, PRDP: {low}, the seed farthest from 1"),
+        ("DDPO batch, few, even", 0.05, f"(c) few prompts, DDPO with the batch's statistics after 20 rounds: {low}"),
+        ("DDPO prompt, many, even", 0.05, f"many prompts, DDPO with its buffers after 20 rounds: {low}"),
+        ("PRDP, many, uneven", 0.85, "many prompts, PRDP by pairs after 60 rounds: largest relative error on prompts "
+         "never drawn"),
+        ("PRDP hot, few, uneven", 1.4, "(d) ten times the learning rate, 20 updates a round: largest relative error "
+         "with the clip"),
+    ):  # fmt: skip
+        bent = [r | ({"gain": [factor * g for g in r["gain"]]} if r["arm"] == arm else {}) for r in stored]
+        assert bar in failed(claim_prdp.verdict(bent)) - kept, bar
+    needed = [r | ({"gain": [2 * g for g in r["gain"]]} if r["arm"] == "PRDP hot without clip, few, uneven" else {})
+              for r in stored]  # fmt: skip
+    assert claim_prdp.verdict(needed)["verdict"] == "replicates"  # the one bar that fails
+
+
+def test_one_seed_of_prdp_and_of_ddpo_in_a_crowd():
+    # stored, five seeds: .325 +- .004 after 20 rounds, DDPO .12 +- .06, and 5.9 +- 1.6 without levels
+    ours = claim_prdp.crowd_run("PRDP, many, uneven", 0, rounds=16)
+    assert ours["gain"][-1] == pytest.approx(ours["target"], rel=0.1)
+    drowned, free = (claim_prdp.crowd_run(f"DDPO prompt, many, {kind}", 0, rounds=12) for kind in ("uneven", "even"))
+    assert abs(drowned["gain"][-1]) < 0.15 < 1 < free["gain"][-1]
 
 
 def test_the_tables_quote_the_stored_verdicts(capsys):

@@ -3,6 +3,7 @@
 jaxtyping's wrapper breaks the graph, so it is switched off here; the annotations are run by all the other tests.
 """
 
+import math
 import shutil
 
 import jaxtyping
@@ -11,7 +12,7 @@ import torch
 
 from minialign import kernels
 from minialign.kernels import Level
-from minialign.methods import b2diffurl, consistency_distillation, par, reward_model, rlcm, teleport
+from minialign.methods import b2diffurl, consistency_distillation, par, prdp, reward_model, rlcm, teleport
 
 N = 5
 
@@ -130,10 +131,18 @@ CASES |= {
     "mixture_responsibilities": (lambda x, *m: kernels.mixture_responsibilities(x, EDM, *m), (FLAT, *MIXTURE)),
     "delta_score": (lambda x, data: kernels.delta_score(x, EDM, data), (FLAT, random(7, 6, seed=12))),
 }
+PATHS = tuple(random(2, 3, 4, seed=s) for s in (31, 32, 33))
 LSC, REFERENCES = par.Config("lsc"), random(N, 4, seed=13)
 KERNELS_OF_METHODS = {
     "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
     "b2diffurl.select_extremes": (lambda z: b2diffurl.select_extremes(z, 0.5, -0.5), (Z_SCORES,)),
+    "prdp.differences": (lambda x: prdp.differences(x), (Z_SCORES,)),
+    "prdp.prdp_loss": (lambda p, q, ref, r: prdp.prdp_loss(p, q, ref, r, 0.7, 0.5), (*PATHS, Z_SCORES[:2])),
+    "prdp.prdp_loss with ties": (
+        lambda p, q, ref, r: prdp.prdp_loss(p, q, ref, r, 0.7, math.inf, "mean", ties=True),
+        (*PATHS, Z_SCORES[:2]),
+    ),
+    "prdp.prediction": (lambda u, r: prdp.prediction(u, r, 0.7), (Z_SCORES[:2], Z_SCORES[2:])),
     "rlcm.rebel_loss": (lambda u, a: rlcm.rebel_loss(u, a, 0.7), (Z_SCORES[:2], Z_SCORES[2:])),
     "consistency_distillation.ddim_jump": (
         lambda o, x, a, b: consistency_distillation.ddim_jump(o, x, a, b),
