@@ -103,6 +103,7 @@ FLOW_GRPO_LOSS = Exercise(
     points=5,
     reference=flow_grpo_loss,
     grad_wrt=("log_ratio", "velocity"),
+    draws=2,
     parts={"no KL": 2},
     cases={
         "one step": lambda g: _loss_case(g, n=1, d=2),
@@ -215,6 +216,7 @@ NFT_LOSS = Exercise(
     points=4,
     reference=nft_loss,
     grad_wrt=("velocity", "velocity_old"),
+    draws=2,
     cases={
         "good samples": lambda g: _nft_case(g, r=torch.ones(5)),
         "bad samples": lambda g: _nft_case(g, r=torch.zeros(5)),
