@@ -70,16 +70,28 @@ def denoise(policy, prompts: list[str], noise: Tensor, rows_per_pass: int, steps
     """
     traj = policy.rollout(prompts, noise, reduction="sum")
 
-    def score(rows: Tensor, places: Tensor, reference: bool = False) -> tuple[Tensor, None]:
-        states, step, condition, next, _ = traj.transitions(rows, places.expand(len(rows), -1))
-        out = policy.step(states, step, condition, next=next, reduction="sum", reference=reference)
-        return out.log_prob.view(len(rows), -1), None
+    def score(rows: Tensor, places: Tensor) -> tuple[Tensor, None]:
+        return path_log_probs(policy, traj, rows, places), None
 
-    num_rows, num_actions = traj.log_probs.shape
-    places = torch.arange(num_actions, device=policy.device).split(steps_per_pass)
-    passes = torch.arange(num_rows, device=policy.device).split(rows_per_pass)
-    log_prob_ref = torch.cat([torch.cat([score(rows, p, reference=True)[0] for p in places], 1) for rows in passes])
+    places = torch.arange(traj.log_probs.shape[1], device=policy.device).split(steps_per_pass)
+    log_prob_ref = reference_log_probs(policy, traj, rows_per_pass, steps_per_pass)
     mask = torch.ones_like(traj.log_probs, dtype=torch.bool)
     num_elements = torch.Size(policy.latent_shape).numel()
     samples = policy.decode(traj.final)
     return Episodes(samples, traj.log_probs, log_prob_ref, mask, None, score, places, num_elements)
+
+
+def path_log_probs(policy, traj, rows: Tensor, places: Tensor, reference: bool = False) -> Tensor:
+    """log p of the steps that trajectories `rows` (n,) took at `places` (k,), now or under the reference: (n, k)."""
+    states, step, condition, next, _ = traj.transitions(rows, places.expand(len(rows), -1))
+    out = policy.step(states, step, condition, next=next, reduction="sum", reference=reference)
+    return out.log_prob.view(len(rows), -1)
+
+
+def reference_log_probs(policy, traj, rows_per_pass: int, steps_per_pass: int) -> Tensor:
+    """The same of whole trajectories under the reference, (b, t); so many rows and steps of each in a network call."""
+    num_rows, num_actions = traj.log_probs.shape
+    places = torch.arange(num_actions, device=policy.device).split(steps_per_pass)
+    passes = torch.arange(num_rows, device=policy.device).split(rows_per_pass)
+    rows_of = [[path_log_probs(policy, traj, rows, p, reference=True) for p in places] for rows in passes]
+    return torch.cat([torch.cat(parts, 1) for parts in rows_of])
