@@ -66,7 +66,7 @@ def denoising_seconds(policy, prompts: list, *, forward: list[int], backward: li
 def language_seconds(
     policy, prompts: list[str], *, length: int, forward: list[int], backward: list[int], answers: int | None = None
 ) -> float:
-    """Bare passes of answers of `length` tokens: generation with a cache, word by word, of `answers` (forward[0] if None);
+    """Bare passes of answers of `length` tokens: generation with a cache, word by word, of `answers` or forward[0];
     then forward passes of so many rows through policy and critic, and passes of so many forward and backward.
 
     Rows have random tokens, as many as the round's: each prompt's and `length` of the answer.

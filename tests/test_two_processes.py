@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "methods
 from test_reward_model import make_tokenizer, network, preferences
 
 from minialign import worlds
-from minialign.methods import b2diffurl, constrained, ddpo, ppo, reward_model, rlcm, rwr
+from minialign.methods import b2diffurl, constrained, ddpo, ppo, raft, reward_model, rlcm, rwr
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 
@@ -103,6 +103,8 @@ LOOPS = {
         several,
     ),
     "rwr": images(rwr, rwr.Config(num_iterations=2, batch_size=9, num_updates=2, minibatch_size=3)),
+    "raft": answers(raft, raft.Config(**CHATS, beta=0.1), 0),
+    "raft images": images(raft, raft.Config(**SMALL, group_size=2, num_epochs=1, beta=0.1)),
     "rlcm": few_steps,
     "distillation": distilled,
     "ppo": answers(ppo, ppo.Config(**CHATS), 1),
@@ -114,7 +116,7 @@ LOOPS = {
 
 def refused(name, trains, precision):
     """All weights of a pipeline in half precision are not trained: their small steps would be lost."""
-    images = ("ddpo", "b2diffurl", "constrained images", "rwr", "rlcm")
+    images = ("ddpo", "b2diffurl", "constrained images", "rwr", "raft images", "rlcm")
     return trains == "all" and precision == "bfloat16" and name in images
 
 
