@@ -103,11 +103,12 @@ def rival_run(arm: str, rate: float, seed: int, noise: bool = False, offset: boo
         seconds += step.seconds
     part = "rivals" if not noise else "offsets" if offset else "no offsets"
     return {"part": part, "arm": arm, "rate": rate, "seed": seed, "queries": step.reward_queries,
-            "network_evaluations": step.network_evaluations, "seconds": round(seconds, 3), **exact_of(world)}  # fmt: skip
+            "network_evaluations": step.network_evaluations, "seconds": round(seconds, 3),
+            **exact_of(world)}  # fmt: skip
 
 
 def assistant_run(seed: int, rounds: int = 10, pairs: int = 4000) -> dict:
-    """Gold and proxy of fresh answers after every round, gold twice: the peak is sought in one half, read in the other."""
+    """Gold and proxy of fresh answers after every round; gold's peak is sought in one half, and read in the other."""
     torch.set_num_threads(1)
     world = worlds.load("assistant")
     proxy, accuracy = learned_proxy(world, seed, pairs)
@@ -130,10 +131,11 @@ def assistant_run(seed: int, rounds: int = 10, pairs: int = 4000) -> dict:
     with torch.no_grad():
         look(world.policy)
     for step in raft.train(world.policy, proxy, world.prompts, config, torch.Generator().manual_seed(seed)):
+        costs = step.costs
         with torch.no_grad():
             look(world.policy)
-    return {"part": "assistant", "seed": seed, "accuracy": accuracy, "queries": step.reward_queries,
-            "network_evaluations": step.network_evaluations, **rows}  # fmt: skip
+    return {"part": "assistant", "seed": seed, "accuracy": accuracy, "queries": costs["reward_queries"],
+            "network_evaluations": costs["network_evaluations"], **rows}  # fmt: skip
 
 
 COMPASS = {
