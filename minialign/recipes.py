@@ -30,6 +30,7 @@ B2_EXACT = dict(
 )
 # plain sums of the rewards to come, whitened over the round, move a table best
 TABLE = dict(num_tokens=4, num_epochs=1, gae_lambda=1.0, learning_rate=0.03)
+RAFT_EXACT = dict(num_iterations=6, num_epochs=60, rows_per_pass=256, learning_rate=3e-3)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
     ("ddpo", "digits"): dict(num_iterations=16, learning_rate=1e-3, steps_per_pass=5),
@@ -48,6 +49,16 @@ RECIPES = {
     ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
     ("rwr", "shapes"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
+    ("raft", "tokens"): dict(
+        kind="bigrams", num_iterations=4, num_tokens=4, num_epochs=30, num_minibatches=1, rows_per_pass=256,
+        learning_rate=0.1,
+    ),
+    ("raft", "assistant"): dict(num_iterations=10, num_prompts=128),
+    ("raft", "shapes"): dict(num_iterations=4, group_size=4, num_epochs=8),
+    ("raft", "digits"): dict(num_iterations=4, group_size=4, num_epochs=16),
+    ("raft", "compass"): RAFT_EXACT,
+    ("raft", "ring"): RAFT_EXACT,
+    ("raft", "line"): RAFT_EXACT,
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),

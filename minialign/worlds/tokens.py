@@ -3,7 +3,7 @@
     load()                        four prompts, 4 words, 1,296 responses each; the proxy likes word 5 too much (PAR)
     load("overoptimisation")      one prompt, 6 words, 46,656 responses; proxies fitted to comparisons (Gao et al.)
     load("constrained")           one prompt, 4 words; two correlated rewards, each worth having up to a point
-    load("bigrams")               one prompt, 4 words; gold is a sum over words and pairs of neighbours (RAFT)
+    load("bigrams")               four prompts, 4 words; gold is a sum over words and pairs of neighbours (RAFT)
     load(model="transformer")     the same with a random two-layer GPT-2 for a base model instead of a table
 
     world.exact                   `Enumerated`: every response, its log-probability under the base, gold, proxies
@@ -294,7 +294,7 @@ def constrained(seed: int = 0, model: str = "table", *, length: int = 4, raised:
     return world
 
 
-def bigrams(seed: int = 0, model: str = "table", *, num_prompts: int = 1, length: int = 4) -> Enumerated:
+def bigrams(seed: int = 0, model: str = "table", *, num_prompts: int = 4, length: int = 4) -> Enumerated:
     """Sheet raft: gold = a weight for each word at each position + one for each pair of neighbours, all N(0, 1).
 
     Base logits N(0, .7^2) a prefix. Gold is standardised under the base, prompt by prompt. There is no proxy.

@@ -31,9 +31,9 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def table(seed=0, length=2, **settings):
+def table(seed=0, length=2, num_prompts=1):
     """A tabular language model over 6^length responses, ready to train."""
-    world = worlds.load("tokens", kind="bigrams", seed=seed, length=length, **settings)
+    world = worlds.load("tokens", kind="bigrams", seed=seed, length=length, num_prompts=num_prompts)
     world.policy.train_all_weights()
     return world
 
