@@ -258,7 +258,6 @@ def test_the_law_of_two_rounds_is_best_of_k_squared(beta):
         best = best_of_n(exact.log_prob_ref, exact.gold, 3 ** (step.number + 1)).log_prob
         distances.append(float(discrete_kl(law, best)))
         assert exact.kl(law) > 0.2
-    print(distances)
     assert max(distances) < 0.015 if beta == 0 else distances[1] > 0.03
 
 

@@ -293,9 +293,8 @@ FEWEST_QUERIES = Exercise(
         "drawn": lambda g: dict(strength=int(torch.randint(6, 2000, (), generator=g))),
     },
     mistakes={
-        "one round of best-of-strength; more rounds of fewer samples multiply.": lambda strength: strength,
-        "K^T is the strength that T rounds reach; they ask K samples a round, K T together.": _search(
-            lambda k, rounds: k**rounds
+        "that is what one round of best-of-strength asks; T rounds of K samples reach K^T, and ask K T.": (
+            lambda strength: strength
         ),
         "K + T; each of the T rounds asks K samples.": _search(lambda k, rounds: k + rounds),
         "K = 2 only; for some strengths a larger K wastes less.": _only(2),

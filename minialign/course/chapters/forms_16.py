@@ -47,7 +47,7 @@ def loss_by_argmin(log_prob, mask, rewards, tiebreak):
 
 def loss_by_sorting(log_prob, mask, rewards, tiebreak):
     order = tiebreak.argsort(1)
-    first = rewards.gather(1, order).argsort(1, descending=True, stable=True)[:, 0]
+    first = rewards.gather(1, order).argsort(dim=1, descending=True, stable=True)[:, 0]
     winner = order[torch.arange(len(order)), first]
     rows = torch.arange(len(rewards))
     return -log_prob[rows, winner][mask[rows, winner]].mean()
