@@ -30,6 +30,9 @@ B2_EXACT = dict(
 )
 # plain sums of the rewards to come, whitened over the round, move a table best
 TABLE = dict(num_tokens=4, num_epochs=1, gae_lambda=1.0, learning_rate=0.03)
+RAFT_PICTURES = dict(
+    num_iterations=4, num_prompts=96, keep_winners=0.8, num_epochs=16, learning_rate=2e-3, final_lr_fraction=0.0
+)
 RAFT_EXACT = dict(num_iterations=6, num_epochs=60, rows_per_pass=256, learning_rate=3e-3)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
@@ -54,8 +57,8 @@ RECIPES = {
         learning_rate=0.1,
     ),
     ("raft", "assistant"): dict(num_iterations=10, num_prompts=128),
-    ("raft", "shapes"): dict(num_iterations=4, group_size=4, num_epochs=8),
-    ("raft", "digits"): dict(num_iterations=4, group_size=4, num_epochs=16),
+    ("raft", "shapes"): RAFT_PICTURES,
+    ("raft", "digits"): RAFT_PICTURES,
     ("raft", "compass"): RAFT_EXACT,
     ("raft", "ring"): RAFT_EXACT,
     ("raft", "line"): RAFT_EXACT,

@@ -11,12 +11,13 @@ on tokens, diffusion models on noise. A round distils the best of K of the model
     |noise - noise_pred|^2 on the kept pictures, at drawn levels                               policy.training_error
     p_K(y) = p(y) (F(y)^K - F(y-)^K) / P(r = r(y)): F -> F^K a round, F^(K^T) after T          exact.best_of_n
 
-As in the paper: weights are carried on, losers and earlier rounds forgotten, the constant learning rate starts each
-round with a fresh Adam. Not as in LMFlow's code: no loss on the prompt; `accept` replaces its hand-written discards;
-ties fall by chance, where argmax takes the first; `reward` is the mean over all K (its first sample's has the same
-expectation, and more noise). The loss is that of the model at temperature 1 whatever lambda, so lambda < 1 sharpens,
-even with K = 1. The mean over all tokens is maximum likelihood, up to its scale; "sequence" is not: long answers count
-less. Pictures: the authors' notebook keeps 8 winners in 10 (`keep_winners`); the regression is unguided.
+As in the paper: weights are carried on; losers and earlier rounds are forgotten. As in neither paper nor code: a
+fresh Adam each round; ties fall by chance, where argmax takes the first. Not as in
+LMFlow's code: no loss on the prompt; `accept` replaces its hand-written discards; `reward` is the mean over all K (its
+first sample's has the same expectation, and more noise). The loss is that of the model at temperature 1 whatever
+lambda, so lambda < 1 sharpens, even with K = 1. The mean over all tokens is maximum likelihood, up to its scale;
+"sequence" is not: tokens of long answers count less. Pictures: the authors' notebook keeps 8 winners in 10
+(`keep_winners`); the regression is unguided.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -31,7 +32,7 @@ from minialign.kernels import group_ranks
 from minialign.loop import Batch, Run, Step, check_policy, reward_metrics
 from minialign.policies.episodes import reference_log_probs
 from minialign.rewards import checked
-from minialign.settings import Count, Limit, NonNegative, Positive, Settings, Share
+from minialign.settings import Count, Fraction, Limit, NonNegative, Positive, Settings, Share
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Config(Settings):
     rows_per_pass: Count = 64  # samples per network call: memory against speed, never the result
     steps_per_pass: Count = 4  # denoising steps of each of them, under the reference (beta > 0)
     learning_rate: NonNegative = 1e-3  # Adam (paper: 2e-5)
+    final_lr_fraction: Fraction = 1.0  # of it at the end of each round, linearly (paper: 0; authors' code: 1)
     max_grad_norm: Limit = 1.0  # l2
 
 
@@ -183,11 +185,13 @@ def train(
             entropy = batch.gather(-answers.record.log_probs.sum(1)) if talks else None
 
         winners = kept.nonzero().flatten()
-        for _ in range(config.num_epochs if len(winners) else 0):
-            for mini in run.minibatches(winners, config.num_minibatches, batch.own):
+        for epoch in range(config.num_epochs if len(winners) else 0):
+            minibatches = run.minibatches(winners, config.num_minibatches, batch.own)
+            for number, mini in enumerate(minibatches):
                 for loss in losses(policy, answers.record, mini, batch, lengths, run, config):
                     run.backward(loss, {"loss": loss})
-                run.update()
+                progress = (epoch + number / len(minibatches)) / config.num_epochs
+                run.update(1 - (1 - config.final_lr_fraction) * progress)
 
         metrics = reward_metrics(rewards) | {"kept": len(winners)}
         if len(winners):

@@ -19,6 +19,7 @@ from minialign import worlds
 from minialign.exact import best_of_n, discrete_kl, exponential_tilt
 from minialign.loop import fit
 from minialign.methods import raft
+from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.policies.language import LanguagePolicy
 
@@ -285,6 +286,26 @@ def test_every_round_starts_with_a_fresh_adam():
         torch.testing.assert_close(step[step > 1e-4], torch.full_like(step[step > 1e-4], 0.03), atol=1e-3, rtol=0)
 
 
+def test_the_learning_rate_falls_within_each_round():
+    """Of four updates a round with fraction 0: 1, .75, .5, .25 of it, and the next round starts anew."""
+    world, rates = table(), []
+    config = dataclasses.replace(SMALL, num_tokens=2, num_epochs=2, final_lr_fraction=0.0)
+    for step in raft.train(world.policy, world.rewards["gold"], world.prompts, config, rng()):
+        rates.append(step.row()["learning_rate"])
+    assert rates == pytest.approx([0.25 * 0.03] * 2)
+    first = fit(
+        raft.train(
+            table().policy,
+            world.oracle,
+            world.prompts,
+            dataclasses.replace(config, num_epochs=1, num_minibatches=1, num_iterations=1),
+            rng(),
+        ),
+        progress=False,
+    )
+    assert first["learning_rate"] == [pytest.approx(0.03)]
+
+
 def test_costs_and_metrics():
     """A round: 24 answers 1 each, 8 winners 3 each and epoch; with a ranking KL the reference 1 more an answer."""
     for changes, per_round in (({}, 24 + 2 * 3 * 8), ({"beta": 0.1}, 48 + 48), ({"strategy": "top"}, 72)):
@@ -333,6 +354,17 @@ def test_selection_is_what_climbs_in_compass():
         ends[k] = float(world.rewards["gold"](samples, world.prompts * 512).mean())
         assert history["network_evaluations"][0] == 256 * k * 10 + 40 * 256 * 3
     assert ends[8] > ends[1] + 0.09  # 4 s.e. of a difference of two means of 1,024
+
+
+def test_a_consistency_model_is_trained_on_its_own_samples_too():
+    """Four calls a sample, no density asked for; its winners' error of f(x_t) against x_0 falls in a round."""
+    world = worlds.load("compass")
+    policy = ConsistencyPolicy.from_diffusion(world.policy, num_steps=4)
+    policy.train_all_weights()
+    config = dataclasses.replace(SMALL, num_prompts=64, num_epochs=20, learning_rate=3e-3)
+    history = fit(raft.train(policy, world.rewards["gold"], world.prompts, config, rng()), progress=False)
+    assert history["network_evaluations"] == [n * (64 * 3 * 4 + 20 * 64 * 3) for n in (1, 2)]
+    assert history["reward_kept"][0] > history["reward"][0] + 0.1 and history["loss"][1] < history["loss"][0]
 
 
 def test_deterministic_samplers_will_do_unless_their_density_ranks():
