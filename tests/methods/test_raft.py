@@ -306,6 +306,15 @@ def test_the_learning_rate_falls_within_each_round():
     assert first["learning_rate"] == [pytest.approx(0.03)]
 
 
+def test_the_loss_of_all_samples_is_their_entropy_a_token():
+    """K = 1, before the first update: -log p of what was just sampled, however it is cut into passes."""
+    for changes in ({}, {"rows_per_pass": 3}, {"average": "sequence"}):
+        config = dataclasses.replace(SMALL, num_iterations=1, group_size=1, num_epochs=1, num_minibatches=1, **changes)
+        world = table(length=4, num_prompts=3)
+        (row,) = fit(raft.train(world.policy, world.oracle, world.prompts, config, rng()), progress=False)
+        assert row["loss"] == pytest.approx(row["entropy"] / 4, rel=1e-5)
+
+
 def test_costs_and_metrics():
     """A round: 24 answers 1 each, 8 winners 3 each and epoch; with a ranking KL the reference 1 more an answer."""
     for changes, per_round in (({}, 24 + 2 * 3 * 8), ({"beta": 0.1}, 48 + 48), ({"strategy": "top"}, 72)):
