@@ -42,7 +42,7 @@ class Config(Settings):
     group_size: Count = 8  # K, samples for each, of which one is kept (paper: 8 to 32); 1 is self-distillation
     strategy: Literal["local", "top"] = "local"  # the best of each prompt's K; the best 1/K over bK prompts
     keep_winners: Share = 1.0  # of the winners, by reward, over all prompts (authors' pictures: .8)
-    beta: NonNegative = 0.0  # ranks by r - beta log(p / p_0), reward per nat of an answer or path
+    beta: NonNegative = 0.0  # ranks by r - beta log(p / p_0), reward per nat; of a path nats need a float32 network
     temperature: Positive = 1.0  # lambda, of sampling alone (language; paper: .7 to 1)
     num_tokens: Count = 24  # of an answer at most (language)
     num_epochs: Count = 2  # passes over the kept samples; pictures get new levels and noise each time
@@ -52,6 +52,7 @@ class Config(Settings):
     steps_per_pass: Count = 4  # denoising steps of each of them, under the reference (beta > 0)
     learning_rate: NonNegative = 1e-3  # Adam (paper: 2e-5)
     final_lr_fraction: Fraction = 1.0  # of it at the end of each round, linearly (paper: 0; authors' code: 1)
+    adam_eps: Positive = 1e-8  # a fresh Adam steps as far on rounding errors: 1e-5 over a half-precision network
     max_grad_norm: Limit = 1.0  # l2
 
 
@@ -160,7 +161,7 @@ def train(
     Under `torchrun` each process samples, scores and differentiates its own share of every round.
     """
     check(policy, prompts, config)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, eps=config.adam_eps)
     run = Run(config, optimizer, generator, resume, [policy], reward=reward)
     talks, spread = hasattr(policy, "generate"), config.strategy == "top"
     for _ in run.rounds():
