@@ -63,9 +63,11 @@ def denoising_seconds(policy, prompts: list, *, forward: list[int], backward: li
     return seconds_of(policy, passes)
 
 
-def language_seconds(policy, prompts: list[str], *, length: int, forward: list[int], backward: list[int]) -> float:
-    """Bare passes of answers of `length` tokens: generation with a cache, word by word, of as many as forward[0]; then
-    forward passes of so many rows through policy and critic, and passes of so many forward and backward.
+def language_seconds(
+    policy, prompts: list[str], *, length: int, forward: list[int], backward: list[int], answers: int | None = None
+) -> float:
+    """Bare passes of answers of `length` tokens: generation with a cache, word by word, of `answers` or forward[0];
+    then forward passes of so many rows through policy and critic, and passes of so many forward and backward.
 
     Rows have random tokens, as many as the round's: each prompt's and `length` of the answer.
     """
@@ -73,7 +75,8 @@ def language_seconds(policy, prompts: list[str], *, length: int, forward: list[i
 
     from minialign.policies.architectures import cache_name, named_inputs
 
-    prompt_tokens, _ = policy.encode([prompts[i % len(prompts)] for i in range(max(forward))])
+    answers = forward[0] if answers is None else answers
+    prompt_tokens, _ = policy.encode([prompts[i % len(prompts)] for i in range(max(answers, *forward, *backward))])
     size, seed = (len(prompt_tokens), length), torch.Generator().manual_seed(0)
     answer = torch.randint(2, prompt_tokens.max() + 1, size, generator=seed).to(prompt_tokens.device)
     whole, cache_is = torch.cat([prompt_tokens, answer], 1), cache_name(named_inputs(policy.network))
@@ -81,11 +84,11 @@ def language_seconds(policy, prompts: list[str], *, length: int, forward: list[i
 
     def passes() -> None:
         with torch.no_grad():
-            cache, new = None, prompt_tokens[: forward[0]]
+            cache, new = None, prompt_tokens[:answers]
             for step in range(length):
                 output = policy.network(new, use_cache=True, logits_to_keep=1, **{cache_is: cache})
                 cache = output[cache_is if cache_is in output else "past_key_values"]
-                new = answer[: forward[0], step : step + 1]
+                new = answer[:answers, step : step + 1]
             for rows in forward:
                 for network in networks:
                     network(whole[:rows], use_cache=False, logits_to_keep=length)

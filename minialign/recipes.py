@@ -47,6 +47,10 @@ B2_EXACT = dict(
 TABLE = dict(num_tokens=4, num_epochs=1, gae_lambda=1.0, learning_rate=0.03)
 GRPO_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, steps_per_pass=9)
 NFT_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, levels_per_pass=9)
+RAFT_PICTURES = dict(
+    num_iterations=4, num_prompts=96, keep_winners=0.8, num_epochs=16, learning_rate=2e-3, final_lr_fraction=0.0
+)
+RAFT_EXACT = dict(num_iterations=6, num_epochs=60, rows_per_pass=256, learning_rate=3e-3)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
     ("ddpo", "digits"): dict(num_iterations=16, learning_rate=1e-3, steps_per_pass=5),
@@ -78,6 +82,16 @@ RECIPES = {
     ("diffusion_nft", "compass"): NFT_EXACT,
     ("diffusion_nft", "ring"): NFT_EXACT,
     ("diffusion_nft", "line"): NFT_EXACT,
+    ("raft", "tokens"): dict(
+        kind="bigrams", num_iterations=4, num_tokens=4, num_epochs=30, num_minibatches=1, rows_per_pass=256,
+        learning_rate=0.1,
+    ),
+    ("raft", "assistant"): dict(num_iterations=10, num_prompts=128),
+    ("raft", "shapes"): RAFT_PICTURES,
+    ("raft", "digits"): RAFT_PICTURES,
+    ("raft", "compass"): RAFT_EXACT,
+    ("raft", "ring"): RAFT_EXACT,
+    ("raft", "line"): RAFT_EXACT,
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),

@@ -22,7 +22,20 @@ from test_reward_model import make_tokenizer, network, preferences
 
 from minialign import folder, worlds
 from minialign.loop import load_checkpoint, save_checkpoint
-from minialign.methods import b2diffurl, constrained, ddpo, diffusion_nft, grpo, par, ppo, prdp, reward_model, rlcm, rwr
+from minialign.methods import (
+    b2diffurl,
+    constrained,
+    ddpo,
+    diffusion_nft,
+    grpo,
+    par,
+    ppo,
+    prdp,
+    raft,
+    reward_model,
+    rlcm,
+    rwr,
+)
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 
@@ -93,7 +106,8 @@ def language_start(method, heads, wrap=lambda reward: reward):
     def start():
         world = worlds.load("tokens", num_prompts=3)
         world.policy.train_all_weights()
-        world.policy.add_value_heads(network=world.critic(heads))
+        if heads:
+            world.policy.add_value_heads(network=world.critic(heads))
 
         def train(config, generator, resume=None, reward=None):
             return method.train(world.policy, wrap(reward or words), world.prompts, config, generator, resume)
@@ -161,6 +175,9 @@ NFT = diffusion_nft.Config(
     num_iterations=3, num_prompts=7, group_size=2, num_minibatches=2, learning_rate=3e-3, levels_per_pass=4,
     weight_decay=0.0, old_rate=0.1,
 )  # fmt: skip
+RAFT = raft.Config(
+    num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, learning_rate=0.03, beta=0.1
+)  # fmt: skip
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -206,6 +223,15 @@ LOOPS = {
     ),
     "rwr": Loop(
         on_compass(rwr), rwr.Config(num_iterations=3, batch_size=15, num_updates=4, minibatch_size=2), still=None
+    ),
+    "raft": Loop(language_start(raft, 0), RAFT, dict(rows_per_pass=2), still=None),
+    "raft over all prompts": Loop(
+        language_start(raft, 0), dataclasses.replace(RAFT, strategy="top", average="sequence", temperature=0.7),
+        dict(rows_per_pass=2), still=None,
+    ),
+    "raft images": Loop(
+        on_compass(raft), dataclasses.replace(RAFT, keep_winners=0.8, learning_rate=3e-3),
+        dict(rows_per_pass=2, steps_per_pass=3), still=None,
     ),
     "distillation": Loop(
         distillation_start, distillation.Config(num_iterations=3, batch_size=15, learning_rate=1e-3), still=None

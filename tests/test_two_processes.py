@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "methods
 from test_reward_model import make_tokenizer, network, preferences
 
 from minialign import worlds
-from minialign.methods import b2diffurl, constrained, ddpo, ppo, prdp, reward_model, rlcm, rwr
+from minialign.methods import b2diffurl, constrained, ddpo, ppo, prdp, raft, reward_model, rlcm, rwr
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 
@@ -104,6 +104,10 @@ LOOPS = {
     ),
     "rwr": images(rwr, rwr.Config(num_iterations=2, batch_size=9, num_updates=2, minibatch_size=3)),
     "prdp": images(prdp, prdp.Config(num_iterations=2, num_prompts=5, group_size=2, num_updates=2, learning_rate=1e-3)),
+    "raft": answers(raft, raft.Config(**CHATS, beta=0.1), 0),
+    # without its ranking KL: rounding in bfloat16 moves the log-ratio of a path by nats, and who wins is yes or no;
+    # its gradients agree to .2 %, and a fresh Adam every round would make full steps of what differs: hence its eps
+    "raft images": images(raft, raft.Config(**SMALL, group_size=2, num_epochs=1, adam_eps=1e-3)),
     "rlcm": few_steps,
     "distillation": distilled,
     "ppo": answers(ppo, ppo.Config(**CHATS), 1),
@@ -115,7 +119,7 @@ LOOPS = {
 
 def refused(name, trains, precision):
     """All weights of a pipeline in half precision are not trained: their small steps would be lost."""
-    images = ("ddpo", "b2diffurl", "constrained images", "rwr", "prdp", "rlcm")
+    images = ("ddpo", "b2diffurl", "constrained images", "rwr", "prdp", "raft images", "rlcm")
     return trains == "all" and precision == "bfloat16" and name in images
 
 

@@ -63,6 +63,7 @@ from minialign.kernels.policy_gradient import (
     weighted_sums,
     whiten,
 )
+from minialign.kernels.selection import group_ranks
 
 __all__ = [
     "Level",
@@ -94,6 +95,7 @@ __all__ = [
     "gaussian_step",
     "group_advantages",
     "group_baselines",
+    "group_ranks",
     "guidance_embedding",
     "karras_sigmas",
     "kl_k1",

@@ -111,6 +111,10 @@ CATALOGUE = {
             kind="trains", policies=("diffusion",), world="crowd", claims=("prdp",),
         ),
         Method(
+            name="raft", title="RAFT", authors="Dong et al.", year=2023, arxiv="2304.06767", chapter="16",
+            kind="trains", policies=("language", "diffusion", "consistency", "flow"), world="tokens", claims=("raft",),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -168,6 +172,10 @@ CHAPTERS = {
             "turn the optimum of a regularised reward into a regression that needs no statistics of prompts, and ends",
         ),
         Chapter(
+            "16_raft", "RAFT",
+            "train any generator on its own best samples, and say exactly what law T rounds of best-of-K lead to",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),
@@ -189,7 +197,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "15": "which noise", "16": "RAFT", "17": "DRAGON",
+    "15": "which noise", "17": "DRAGON",
     "20": "Diffusion-DPO", "21": "D3PO", "22": "INPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",

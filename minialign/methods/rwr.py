@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minialign.kernels import group_ranks
 from minialign.loop import Run, Step, check_policy, reward_metrics
 from minialign.rewards import checked
 from minialign.settings import Count, Limit, NonNegative, Settings, Share
@@ -52,14 +53,8 @@ def top_weights(rewards: Tensor, group: Tensor, keep: float, tiebreak: Tensor) -
 
     With a 0/1 reward, "at least the median" would keep everything while most samples fail, and learn nothing.
     """
-    order = torch.argsort(tiebreak)
-    order = order[torch.argsort(rewards[order], descending=True, stable=True)]
-    order = order[torch.argsort(group[order], stable=True)]  # by group, then reward, then chance
     count = torch.zeros_like(group).index_add(0, group, torch.ones_like(group))
-    first = count.cumsum(0) - count
-    rank = torch.empty_like(group).index_copy(
-        0, order, torch.arange(len(group), device=group.device) - first[group[order]]
-    )
+    rank = group_ranks(rewards, group, tiebreak)
     kept = (count * keep).round().clamp_min(1)
     return (rank < kept[group]).to(rewards.dtype) / kept[group]
 

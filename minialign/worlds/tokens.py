@@ -3,6 +3,7 @@
     load()                        four prompts, 4 words, 1,296 responses each; the proxy likes word 5 too much (PAR)
     load("overoptimisation")      one prompt, 6 words, 46,656 responses; proxies fitted to comparisons (Gao et al.)
     load("constrained")           one prompt, 4 words; two correlated rewards, each worth having up to a point
+    load("bigrams")               four prompts, 4 words; gold is a sum over words and pairs of neighbours (RAFT)
     load(model="transformer")     the same with a random two-layer GPT-2 for a base model instead of a table
 
     world.exact                   `Enumerated`: every response, its log-probability under the base, gold, proxies
@@ -12,7 +13,7 @@
 
 The gold reward has an inverted U in the number of 5s (think of a polite phrase: one is good, four are not). A proxy
 that has the slope right where the base model lives extrapolates it, and optimising it too hard makes gold fall.
-Sheets: ppo_rlhf (Gao, Schulman and Hilton, 2022, arXiv 2210.10760), par (Fu et al., 2025, arXiv 2502.18770) and
+Sheets: ppo_rlhf (Gao, Schulman and Hilton, 2022, arXiv 2210.10760), par (Fu et al., 2025, arXiv 2502.18770), raft and
 constrained (Moskovitz et al., 2023, arXiv 2310.04373).
 """
 
@@ -293,6 +294,23 @@ def constrained(seed: int = 0, model: str = "table", *, length: int = 4, raised:
     return world
 
 
+def bigrams(seed: int = 0, model: str = "table", *, num_prompts: int = 4, length: int = 4) -> Enumerated:
+    """Sheet raft: gold = a weight for each word at each position + one for each pair of neighbours, all N(0, 1).
+
+    Base logits N(0, .7^2) a prefix. Gold is standardised under the base, prompt by prompt. There is no proxy.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    responses = enumerate_responses(length)
+    logits = 0.7 * _normal(generator, num_prompts, num_prefixes(length), VOCABULARY)
+    network = _base(model, logits, length, seed, 0.7, 0.0)
+    looked_at = features(responses, bigrams=True)
+    gold = _normal(generator, num_prompts, looked_at.shape[1]) @ looked_at.T
+    world = Enumerated(responses, torch.zeros_like(gold), gold, {}, network)
+    world.log_prob_ref = world.log_probs(network)
+    world.gold = standardise(gold, world.log_prob_ref)
+    return world
+
+
 def unstructured(
     error: str, num_responses: int = 1296, seed: int = 0, num_references: int = 10
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "n"], Float[Tensor, "m"]]:
@@ -325,14 +343,16 @@ class TokensWorld(LanguageWorld):
     exact: Enumerated
 
 
-KINDS = {"padding": padding, "overoptimisation": overoptimisation, "constrained": constrained}
+KINDS = {
+    "padding": padding, "overoptimisation": overoptimisation, "constrained": constrained, "bigrams": bigrams,
+}  # fmt: skip
 
 
 def load(kind: str = "padding", *, seed: int = 0, model: str = "table", **settings) -> TokensWorld:
     """The enumerable world, on the CPU: a policy whose responses are always `length` words, without EOS.
 
-    kind "padding" (settings num_prompts, length), "overoptimisation" (length, num_comparisons, noise, inverted_u) or
-    "constrained" (length, raised).
+    kind "padding" (settings num_prompts, length), "overoptimisation" (length, num_comparisons, noise, inverted_u),
+    "constrained" (length, raised) or "bigrams" (num_prompts, length).
     model "table" or "transformer". Rewards: "gold" and the proxies; the oracle is gold, not 0 or 1.
     `exact` is the `Enumerated`; `num_tokens` the responses' length; `critic(num_heads)` a table of zeros for
     `policy.add_value_heads(network=...)`.
@@ -351,7 +371,7 @@ def load(kind: str = "padding", *, seed: int = 0, model: str = "table", **settin
         policies={"language": lambda: policy},
         prompts=list(world.prompts),
         rewards=rewards,
-        default_reward=next(iter(world.proxies)),
+        default_reward=next(iter(world.proxies), "gold"),
         oracle=rewards["gold"],
         real=functools.partial(_draw, world),
         show=lambda samples, prompts, title=None: text_figure(

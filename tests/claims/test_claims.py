@@ -24,6 +24,7 @@ import claim_grpo_shapes
 import claim_par
 import claim_ppo
 import claim_prdp
+import claim_raft
 import claim_rlcm
 import claim_rlcm_shapes
 import claim_teleport
@@ -50,6 +51,7 @@ CLAIMS = {
     "par": claim_par,
     "ppo": claim_ppo,
     "prdp": claim_prdp,
+    "raft": claim_raft,
     "rlcm": claim_rlcm,
     "rlcm_shapes": claim_rlcm_shapes,
     "teleport": claim_teleport,
@@ -220,6 +222,32 @@ def test_one_seed_of_the_constrained_assistant():
     held = claim_constrained_assistant.train_run(models, "mu", 0, (0.21, 0.57), rounds=16)
     assert sum(ppo["gold"][-4:]) / 4 < sum(held["gold"][-4:]) / 4 - 0.5
     assert ppo["kl"][-1] > 3 and held["kl"][-1] < 1
+
+
+def test_raft_can_fail():
+    """If K = 1 gained as much as K = 8 (the sheet's falsifier), if offsets chose winners, if gold never fell."""
+    stored = json.loads((HERE / "results/raft.json").read_text())["runs"]
+    before = failed(claim_raft.verdict(stored))
+    eight = {r["seed"]: r["reward"] for r in stored if r["part"] == "ladder" and r["arm"] == "K 8"}
+    alike = [r | ({"reward": eight[r["seed"]]} if (r["part"], r.get("arm")) == ("ladder", "K 1") else {})
+             for r in stored]  # fmt: skip
+    assert "reward after 3 rounds, K = 8 minus K = 1" in failed(claim_raft.verdict(alike)) - before
+    moved = [r | ({"reward": r["reward"] + 1e-9} if (r["part"], r.get("arm")) == ("offsets", "RAFT") else {})
+             for r in stored]  # fmt: skip
+    new = failed(claim_raft.verdict(moved)) - before
+    assert new == {"offsets a(x): what they change in RAFT's result, most of the seeds"}
+    tame = [r | ({"gold_again": r["gold"]} if r["part"] == "assistant" else {}) for r in stored]
+    tame = [r | ({"gold": sorted(r["gold"])} if r["part"] == "assistant" else {}) for r in tame]
+    assert any(name.startswith("assistant: gold's fall") for name in failed(claim_raft.verdict(tame)))
+
+
+def test_one_seed_of_raft():
+    # stored, five seeds; exact best-of-8 and best-of-64 are the closed form
+    selected, drifting = (claim_raft.ladder_run(arm, 0, rounds=2) for arm in ("K 8", "K 1"))
+    assert selected["reward"][2] > 1.7 and abs(drifting["reward"][2]) < 0.3 and drifting["kl"][2] > 0.5
+    assert abs(selected["reward"][1] - selected["best"][1]) < 0.15
+    shifted, plain = (claim_raft.rival_run("RAFT", 0.1, 0, True, offset)["reward"] for offset in (True, False))
+    assert shifted == plain
 
 
 def test_b2diffurl_fails_if_it_collapses_like_ddpo():

@@ -72,6 +72,7 @@ CASES = {
     "clipped_surrogate": (lambda p, q, a: kernels.clipped_surrogate(p, q, a, 0.2), (LOG_P, LOG_Q, REWARDS)),
     "group_advantages": (lambda r, g: kernels.group_advantages(r, g), (REWARDS, GROUP)),
     "group_advantages centred": (lambda r, g: kernels.group_advantages(r, g, scale=False), (REWARDS, GROUP)),
+    "group_ranks": (lambda r, g, t: kernels.group_ranks(r, g, t), (REWARDS.round(), GROUP, LOG_P)),
     "whiten": (lambda x: kernels.whiten(x), (X,)),
     "kl_k1": (lambda u: kernels.kl_k1(u), (LOG_P,)),
     "kl_k2": (lambda u: kernels.kl_k2(u), (LOG_P,)),

@@ -285,6 +285,22 @@ def test_the_world_says_what_it_has():
     assert len(world.show(samples, prompts, "five").texts) == 6  # the title is one
 
 
+def test_the_world_of_bigrams():
+    """Gold is linear in which word stands where and in pairs of neighbours: a response's is the sum over its parts."""
+    world = worlds.load("tokens", kind="bigrams", seed=2, num_prompts=3)
+    table = world.exact
+    assert set(world.rewards) == {"gold"} and world.default_reward == "gold" and world.prompts == ["p0", "p1", "p2"]
+    inputs = torch.cat([tokens.features(table.responses, True), torch.ones(len(table.responses), 1).double()], 1)
+    fitted = inputs @ torch.linalg.lstsq(inputs, table.gold.T, driver="gelsd").solution
+    torch.testing.assert_close(fitted.T, table.gold, atol=1e-9, rtol=0)
+    words = inputs[:, :24]
+    alone = words @ torch.linalg.lstsq(words, table.gold.T, driver="gelsd").solution
+    assert (alone.T - table.gold).std() > 0.2  # the pairs count
+    prob = table.log_prob_ref.exp()
+    assert (prob * table.gold).sum(1).abs().max() < 1e-9 and ((prob * table.gold**2).sum(1) - 1).abs().max() < 1e-9
+    assert 5.8 < float(-(prob * table.log_prob_ref).sum(1).mean()) < 6.8  # nats; all equally likely: 7.17
+
+
 def test_the_constrained_world():
     """Its rewards by hand on one response, correlated through the 5s; `raised` moves the reference and nothing else."""
     world = worlds.load("tokens", kind="constrained", seed=3)
