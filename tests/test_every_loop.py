@@ -22,9 +22,10 @@ from test_reward_model import make_tokenizer, network, preferences
 
 from minialign import folder, worlds
 from minialign.loop import load_checkpoint, save_checkpoint
-from minialign.methods import b2diffurl, constrained, ddpo, par, ppo, reward_model, rlcm, rwr
+from minialign.methods import b2diffurl, constrained, ddpo, find_noise, par, ppo, reward_model, rlcm, rwr
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
+from minialign.policies.initial_noise import NoisePolicy
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,18 @@ def consistency_start():
     return policy.parameters(), train
 
 
+def noise_start():
+    world = worlds.load("compass", num_steps=5, eta=0.5)
+    world.policy.network.double()
+    world.policy.to("cpu")
+    policy = NoisePolicy(world.policy, world.prompts)
+
+    def train(config, generator, resume=None, reward=None):
+        return find_noise.train(policy, reward or distance, world.prompts, config, generator, resume)
+
+    return policy.parameters(), train
+
+
 def language_start(method, heads, wrap=lambda reward: reward):
     def start():
         world = worlds.load("tokens", num_prompts=3)
@@ -149,6 +162,7 @@ CONSTRAINED = constrained.Config(
     (0.5, 0.4), num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, num_epochs=2,
     learning_rate=0.03,
 )  # fmt: skip
+FIND = find_noise.Config(num_iterations=3, group_size=7, learning_rate=3e-3, reduction="sum")
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -167,6 +181,11 @@ LOOPS = {
     "rlcm": Loop(consistency_start, RLCM, {}, dict(num_iterations=1, num_minibatches=1)),
     "rlcm by rebel": Loop(consistency_start, dataclasses.replace(RLCM, objective="rebel"), {},
                           dict(num_iterations=1, num_minibatches=1)),
+    "find_noise": Loop(noise_start, FIND, {}, dict(num_iterations=1, num_epochs=1)),
+    "find_noise with a network and a buffer": Loop(
+        noise_start, dataclasses.replace(FIND, baseline="value", buffer_rounds=2, kl="moments"), {},
+        dict(num_iterations=1, num_epochs=1), None,
+    ),
     "ppo": Loop(language_start(ppo, 1), PPO, dict(rows_per_pass=5), ONCE, "policy", KL_OFF),
     "ppo as grpo": Loop(
         language_start(ppo, 1), dataclasses.replace(PPO, advantage="grpo", kl_loss="k3"), dict(rows_per_pass=5), ONCE,

@@ -21,12 +21,14 @@ from minialign.kernels.edm import edm_denoised, edm_scalings, karras_sigmas
 from minialign.kernels.gaussian import (
     StepOut,
     at_least_float32,
+    diagonal_log_prob,
     expand_as,
     gaussian_kl,
     gaussian_log_prob,
     gaussian_step,
     same_shape,
     squared_error,
+    standard_normal_kl,
 )
 from minialign.kernels.language import (
     clipped_value_loss,
@@ -77,6 +79,7 @@ __all__ = [
     "ddim_std",
     "ddim_step",
     "delta_score",
+    "diagonal_log_prob",
     "diffusers_guidance",
     "edm_denoised",
     "edm_scalings",
@@ -110,6 +113,7 @@ __all__ = [
     "same_shape",
     "sample_tokens",
     "squared_error",
+    "standard_normal_kl",
     "standardise_heads",
     "token_entropy",
     "token_log_probs",
