@@ -7,6 +7,7 @@ Nothing heavy is imported: a method's own module is loaded when it is asked for.
 What a module of this folder must have is a `Config`, and what it does. The rest it may have:
 
     train(policy, reward, prompts, config, generator, resume) -> steps    what `run` calls where kind is "trains"
+    wrap(policy, prompts) -> policy           what is trained in the place of the policy's weights
     num_value_heads(config) -> int            outputs of the critic that it needs beside a language policy
     shape(policy, reward, prompts, config, generator, **sampling) -> reward    for the loop of another, `Method.loop`
     trial(world, config, seed) -> Trial       all else: what is measured before and after, and the picture (evaluate.py)
@@ -98,6 +99,10 @@ CATALOGUE = {
             kind="trains", policies=("consistency",), world="shapes", claims=("rlcm", "rlcm_shapes"),
         ),
         Method(
+            name="find_noise", title="FIND", authors="Chen et al.", year=2024, arxiv="2407.19453", chapter="15",
+            kind="trains", policies=("diffusion", "consistency"), world="shapes", claims=("find_noise",),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -146,6 +151,10 @@ CHAPTERS = {
             "say which denoising steps decide what, and train those: growing windows, branches with a shared beginning",
         ),
         Chapter("12_rlcm", "RLCM", "train a model that draws in four calls, and say what its last call cannot learn"),
+        Chapter(
+            "15_find_noise", "Which noise",
+            "learn the noise that a frozen sampler starts from, prompt by prompt, and say what that can never do",
+        ),
         Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",

@@ -19,6 +19,7 @@ import claim_consistency
 import claim_constrained
 import claim_constrained_assistant
 import claim_ddpo
+import claim_find_noise
 import claim_par
 import claim_ppo
 import claim_rlcm
@@ -42,6 +43,7 @@ CLAIMS = {
     "constrained": claim_constrained,
     "constrained_assistant": claim_constrained_assistant,
     "ddpo": claim_ddpo,
+    "find_noise": claim_find_noise,
     "par": claim_par,
     "ppo": claim_ppo,
     "rlcm": claim_rlcm,
@@ -125,6 +127,25 @@ def test_one_seed_of_teleportation(monkeypatch):
     assert found["dropped"]["8"] < found["dropped"]["0"] + 0.05
     assert found["start"]["teleport, 1"] < 0.4 * found["start"]["isotropic, 1"]
     assert found["start"]["rank 2, 1"] > 2 * found["start"]["teleport, 1"]
+
+
+def test_find_noise_can_fail():
+    stored = json.loads((HERE / "results/find_noise.json").read_text())["runs"]
+    full = {r["seed"]: r["curve"] for r in stored if r["method"] == "full"}
+    same = [r | ({"curve": full[r["seed"]]} if r["method"] == "no calibration, reward + 2" else {}) for r in stored]
+    calibration = "ring: FIND minus FIND without calibration, reward + 2"
+    assert calibration in failed(claim_find_noise.verdict(same)) - failed(claim_find_noise.verdict(stored))
+    thawed = [r | {"frozen": False} for r in stored]
+    assert "runs of FIND in which a weight of the network moved" in failed(claim_find_noise.verdict(thawed))
+    flat = [r | {"curve": [[*row[:3], 0.2] for row in r["curve"]]} if r["world"] == "shapes" else r for r in stored]
+    assert "shapes, 20 steps: oracle, FIND minus frozen base" in failed(claim_find_noise.verdict(flat))
+
+
+def test_one_seed_of_find_noise():
+    # stored, five seeds: see the bars; the base gets .13
+    ours, offset = (claim_find_noise.ring_run(name, 0) for name in ("full", "no calibration, reward + 2"))
+    assert ours["curve"][0][3] < 0.2 and ours["curve"][-1][3] > 0.85 and ours["frozen"] and ours["std"] < 0.2
+    assert ours["curve"][-1][:2] == [480, 9600] and offset["curve"][-1][3] < ours["curve"][-1][3]
 
 
 def test_over_optimisation_and_par_can_fail():
