@@ -19,7 +19,7 @@ minimum, without which a sample beyond it is frozen on the wrong side; each z ha
 stored; several updates a round; gradients are clipped. One prompt's V is a number that drifts: a moving average, the
 default, is V without a network.
 
-A law belongs to its prompt AND its sampler: steps, guidance, eta. At eta = 0 the noise decides the whole sample.
+A law is learned for its prompt and its sampler (steps, guidance, eta). At eta = 0 the noise decides the whole sample.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -254,6 +254,6 @@ def train(policy, reward, prompts, config=Config(), generator=None, resume=None)
 
 
 def floor(policy, config: Config, metrics: dict) -> dict:
-    """The sampler's passes of a round's rows, and no backward one."""
+    """The sampler's passes of a round's rows, the decoder's with them, and no backward one."""
     rows = config.group_size * len(policy.prompts)
-    return {"forward": [rows] * policy.num_steps, "backward": []}
+    return {"forward": [rows] * policy.num_steps, "backward": [], "decode": rows}

@@ -19,7 +19,11 @@ from minialign.kernels import diagonal_log_prob, standard_normal_kl
 from minialign.statistics import key_of
 
 LAWS = "initial_noise.safetensors"
-SAMPLER = ("num_steps", "eta", "guidance_scale")  # what a learned law belongs to: with another one it means nothing
+SAMPLER = (
+    "num_steps",
+    "eta",
+    "guidance_scale",
+)  # what a law was learned for
 SHARED = (
     "network",
     "num_steps",
@@ -147,7 +151,7 @@ class NoisePolicy:
         if sampler != self._belongs_to():
             raise ValueError(
                 f"{path} was learned with the sampler {sampler}, and this one is {self._belongs_to()}: the same noise "
-                "would become another sample. Set the policy as it was."
+                "becomes another sample. Set the policy as it was."
             )
         saved = json.loads(about["prompts"])
         missing = [prompt for prompt in self.prompts if key_of(prompt) not in saved]

@@ -28,9 +28,9 @@ QUESTIONS = [
         points=1,
         answer="a",
         why={
-            "a": "Yes: other steps send the same noise to other pictures, and the law was learned for these.",
-            "b": "A better solver would be closer to the same flow; but the law has learned the errors of this one, too.",
-            "c": "Whether the weights are frozen is not the question: what does the noise become?",
+            "a": "Yes: under other steps a noise may become another picture. One law here kept its worth: measure.",
+            "b": "It would be nearer to the exact flow; but the law has learned the errors of this one, too.",
+            "c": "The weights are as they were. But what does a noise become under other steps?",
         },
     ),
     Quiz(
