@@ -39,8 +39,11 @@ def seconds_of(policy, passes: Callable[[], None]) -> float:
     return elapsed
 
 
-def denoising_seconds(policy, prompts: list, *, forward: list[int], backward: list[int]) -> float:
-    """Bare network passes: forward ones of so many rows each, then passes of so many rows forward and backward."""
+def denoising_seconds(policy, prompts: list, *, forward: list[int], backward: list[int], decode: int = 0) -> float:
+    """Bare network passes: forward ones of so many rows each, then passes of so many rows forward and backward.
+
+    decode: rows that the decoder turns into samples, for methods whose whole round is sampling.
+    """
     import torch
 
     from minialign.policies.architectures import call_network
@@ -57,6 +60,8 @@ def denoising_seconds(policy, prompts: list, *, forward: list[int], backward: li
         with torch.no_grad():
             for rows in forward:
                 call(rows)
+            if decode:
+                policy.decode(states[:decode])
         for rows in backward:
             call(rows).sum().backward()
 

@@ -102,10 +102,13 @@ def evaluate_samples(world, rewards: Mapping[str, Callable], seed: int) -> dict[
     policy, generator = world.policy, torch.Generator().manual_seed(10_000 + seed)
     prompts = in_turn(world.prompts)
     samples = policy.sample(prompts, policy.draw_noise(len(prompts), generator))
-    traj = policy.rollout(prompts[:KL_SAMPLES], policy.draw_noise(KL_SAMPLES, generator))
+    noise = policy.draw_noise(KL_SAMPLES, generator)
     result = scored(world, rewards, samples, prompts)
     result["diversity"] = float(measure.diversity(samples, prompts, reduction="mean"))
-    result["kl"] = float(measure.kl_to_base(policy, traj))
+    if hasattr(policy, "noise_kl"):  # the path behind the noise is the base's own
+        result["kl"] = float(policy.noise_kl(policy.rows(prompts), "sum").mean())
+    else:
+        result["kl"] = float(measure.kl_to_base(policy, policy.rollout(prompts[:KL_SAMPLES], noise)))
     if world.held_out:
         prompts = in_turn(world.held_out)
         samples = policy.sample(prompts, policy.draw_noise(len(prompts), generator))

@@ -210,19 +210,24 @@ class Run:
             self._infos, self._norms = [], []
             yield self.done
 
-    def draw(self, prompts: Sequence[Hashable], num_prompts: int, group_size: int = 1, unit: int = 1) -> Batch:
+    def draw(self, prompts: Sequence[Hashable], num_prompts: int | None, group_size: int = 1, unit: int = 1) -> Batch:
         """A round of num_prompts prompts, drawn with replacement, group_size rows each, side by side.
 
+        num_prompts None: each prompt once, in their order, for methods that learn something of each one.
         Processes take turns with `unit` rows at a time: those that must stay on one of them. Raises ValueError if
         there are too few for each process to have some, on all of them: none waits for another.
         """
         self._meet(prompts)
+        each, num_prompts = num_prompts is None, num_prompts or len(prompts)
         if num_prompts * group_size // unit < num_processes():
             raise ValueError(
                 f"a round has {num_prompts * group_size} rows, in units of {unit}, for {num_processes()} processes: "
                 "draw more, or start fewer processes."
             )
-        drawn = torch.randint(len(prompts), (num_prompts,), generator=self.generator)
+        if each:
+            drawn = torch.arange(len(prompts))
+        else:
+            drawn = torch.randint(len(prompts), (num_prompts,), generator=self.generator)
         drawn = drawn.repeat_interleave(group_size).to(self.device)
         group = torch.arange(num_prompts, device=self.device).repeat_interleave(group_size)
         own = (
@@ -345,6 +350,7 @@ ABILITIES = {
     "terminal_std": "draws in a few jumps, a ConsistencyPolicy",
     "velocity": "says a velocity, a FlowPolicy",
     "generate": "answers, a LanguagePolicy",
+    "noise_log_prob": "learns its initial noise, NoisePolicy(policy, prompts) around one that denoises",
 }
 
 

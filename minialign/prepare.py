@@ -1,5 +1,6 @@
 """From names on a command line to a world, a policy that is ready, and settings; and the errors on the way."""
 
+import dataclasses
 import difflib
 import importlib
 import sys
@@ -117,8 +118,6 @@ def load_world(name: str, kind: str, settings: dict[str, Any]):
 
 def distilled_world(name: str, sampler: dict[str, Any]):
     """The world with a consistency policy: a student, distilled here and now."""
-    import dataclasses
-
     import torch
 
     from minialign import loop, worlds
@@ -155,7 +154,10 @@ def ready_world(method: Method, name: str, chosen: Chosen):
     """The world for a run of the method: loaded, and its policy ready to train if it is what is trained."""
     world = load_world(name, policy_kind(method, name), chosen.world)
     loop = CATALOGUE[method.loop or method.name].module
-    if hasattr(loop, "train") and not hasattr(method.module, "trial"):
+    if hasattr(loop, "wrap"):
+        policy = loop.wrap(world.policy, world.prompts)
+        world = dataclasses.replace(world, policies={world.policy_kind: lambda: policy})
+    elif hasattr(loop, "train") and not hasattr(method.module, "trial"):
         heads = getattr(loop, "num_value_heads", lambda config: 0)(chosen.loop or chosen.config)
         make_trainable(world, chosen.world, heads if hasattr(world.policy, "generate") else 0)
     if world.policy is not None:

@@ -43,6 +43,7 @@ B2_SMALL = dict(num_prompts=26, num_minibatches=2, num_epochs=1, steps_per_pass=
 B2_EXACT = dict(
     num_iterations=36, num_prompts=52, first_window=4, clip_range=0.1, learning_rate=1e-2, steps_per_pass=20
 )
+FIND_EXACT = dict(group_size=16, reduction="sum", beta=0.02, learning_rate=0.05)
 # plain sums of the rewards to come, whitened over the round, move a table best
 TABLE = dict(num_tokens=4, num_epochs=1, gae_lambda=1.0, learning_rate=0.03)
 GRPO_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, steps_per_pass=9)
@@ -92,6 +93,12 @@ RECIPES = {
     ("raft", "compass"): RAFT_EXACT,
     ("raft", "ring"): RAFT_EXACT,
     ("raft", "line"): RAFT_EXACT,
+    # eta 0: then the noise decides the whole sample
+    ("find_noise", "shapes"): dict(num_iterations=50, eta=0.0),
+    ("find_noise", "digits"): dict(num_iterations=40, eta=0.0),
+    ("find_noise", "compass"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
+    ("find_noise", "ring"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
+    ("find_noise", "line"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),
@@ -116,6 +123,7 @@ RECIPES = {
 
 # Rewards to train on, where they are not the world's default.
 REWARDS = {
+    ("find_noise", "ring"): ("on_mode",),
     ("par", "assistant"): ("courtesies",),
     ("constrained", "assistant"): ("right", "courtesies"),
     ("constrained", "tokens"): ("fives", "fours"),

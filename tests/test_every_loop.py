@@ -27,6 +27,7 @@ from minialign.methods import (
     constrained,
     ddpo,
     diffusion_nft,
+    find_noise,
     grpo,
     par,
     ppo,
@@ -38,6 +39,7 @@ from minialign.methods import (
 )
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
+from minialign.policies.initial_noise import NoisePolicy
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,18 @@ def consistency_start():
 
     def train(config, generator, resume=None, reward=None):
         return rlcm.train(policy, reward or distance, world.prompts, config, generator, resume)
+
+    return policy.parameters(), train
+
+
+def noise_start():
+    world = worlds.load("compass", num_steps=5, eta=0.5)
+    world.policy.network.double()
+    world.policy.to("cpu")
+    policy = NoisePolicy(world.policy, world.prompts)
+
+    def train(config, generator, resume=None, reward=None):
+        return find_noise.train(policy, reward or distance, world.prompts, config, generator, resume)
 
     return policy.parameters(), train
 
@@ -178,6 +192,7 @@ NFT = diffusion_nft.Config(
 RAFT = raft.Config(
     num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, learning_rate=0.03, beta=0.1
 )  # fmt: skip
+FIND = find_noise.Config(num_iterations=3, group_size=7, learning_rate=3e-3, reduction="sum")
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -209,6 +224,11 @@ LOOPS = {
     "prdp by steps": Loop(
         on_compass(prdp), dataclasses.replace(PRDP, steps_per_pass=3, ties=True, shared_start=True),
         dict(steps_per_pass=2), dict(num_iterations=1, num_updates=1),
+    ),
+    "find_noise": Loop(noise_start, FIND, {}, dict(num_iterations=1, num_epochs=1)),
+    "find_noise with a network and a buffer": Loop(
+        noise_start, dataclasses.replace(FIND, baseline="value", buffer_rounds=2, kl="moments"), {},
+        dict(num_iterations=1, num_epochs=1), None,
     ),
     "ppo": Loop(language_start(ppo, 1), PPO, dict(rows_per_pass=5), ONCE, "policy", KL_OFF),
     "ppo as grpo": Loop(

@@ -22,12 +22,14 @@ from minialign.kernels.flow import add_flow_noise, flow_diffusion, flow_step, va
 from minialign.kernels.gaussian import (
     StepOut,
     at_least_float32,
+    diagonal_log_prob,
     expand_as,
     gaussian_kl,
     gaussian_log_prob,
     gaussian_step,
     same_shape,
     squared_error,
+    standard_normal_kl,
 )
 from minialign.kernels.language import (
     clipped_value_loss,
@@ -80,6 +82,7 @@ __all__ = [
     "ddim_std",
     "ddim_step",
     "delta_score",
+    "diagonal_log_prob",
     "diffusers_guidance",
     "edm_denoised",
     "edm_scalings",
@@ -116,6 +119,7 @@ __all__ = [
     "same_shape",
     "sample_tokens",
     "squared_error",
+    "standard_normal_kl",
     "standardise_heads",
     "token_entropy",
     "token_log_probs",

@@ -81,6 +81,29 @@ def gaussian_kl(
     return reduce(0.5 * ((mean - mean_ref) / expand_as(std, mean)) ** 2, "batch ... -> batch", reduction)
 
 
+def diagonal_log_prob(
+    x: Float[Tensor, "batch *dims"],
+    mean: Float[Tensor, "batch *dims"],
+    log_std: Float[Tensor, "batch *dims"],
+    reduction: Reduction,
+) -> Float[Tensor, "batch"]:
+    """log N(x; mean, diag(std)^2), a std an element, in float32 at least. Where all are equal: `gaussian_log_prob`."""
+    same_shape(x=x, mean=mean, log_std=log_std)
+    x, mean, log_std = at_least_float32(x), at_least_float32(mean), at_least_float32(log_std)
+    elements = -0.5 * ((x - mean) * (-log_std).exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return reduce(elements, "batch ... -> batch", reduction)
+
+
+def standard_normal_kl(
+    mean: Float[Tensor, "batch *dims"], log_std: Float[Tensor, "batch *dims"], reduction: Reduction
+) -> Float[Tensor, "batch"]:
+    """KL(N(mean, diag(std)^2) || N(0, I)): (mean^2 + std^2 - 1) / 2 - log std an element, in that direction."""
+    same_shape(mean=mean, log_std=log_std)
+    mean, log_std = at_least_float32(mean), at_least_float32(log_std)
+    elements = 0.5 * (mean**2 + torch.expm1(2 * log_std)) - log_std  # expm1: near std = 1 nothing cancels
+    return reduce(elements, "batch ... -> batch", reduction)
+
+
 def gaussian_step(
     denoised: Float[Tensor, "batch *dims"],
     mean: Float[Tensor, "batch *dims"],

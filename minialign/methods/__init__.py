@@ -7,6 +7,7 @@ Nothing heavy is imported: a method's own module is loaded when it is asked for.
 What a module of this folder must have is a `Config`, and what it does. The rest it may have:
 
     train(policy, reward, prompts, config, generator, resume) -> steps    what `run` calls where kind is "trains"
+    wrap(policy, prompts) -> policy           what is trained in the place of the policy's weights
     num_value_heads(config) -> int            outputs of the critic that it needs beside a language policy
     shape(policy, reward, prompts, config, generator, **sampling) -> reward    for the loop of another, `Method.loop`
     trial(world, config, seed) -> Trial       all else: what is measured before and after, and the picture (evaluate.py)
@@ -115,6 +116,10 @@ CATALOGUE = {
             kind="trains", policies=("language", "diffusion", "consistency", "flow"), world="tokens", claims=("raft",),
         ),
         Method(
+            name="find_noise", title="FIND", authors="Chen et al.", year=2024, arxiv="2407.19453", chapter="15",
+            kind="trains", policies=("diffusion", "consistency", "flow"), world="shapes", claims=("find_noise",),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -176,6 +181,10 @@ CHAPTERS = {
             "train any generator on its own best samples, and say exactly what law T rounds of best-of-K lead to",
         ),
         Chapter(
+            "15_find_noise", "Which noise",
+            "learn the noise that a frozen sampler starts from, prompt by prompt, and say what that can never do",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),
@@ -197,7 +206,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "15": "which noise", "17": "DRAGON",
+    "17": "DRAGON",
     "20": "Diffusion-DPO", "21": "D3PO", "22": "INPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",

@@ -171,7 +171,7 @@ def load(
     noise_level: float | int = 0.7,
     residual: str | None = None,
     seed: int = 0,
-    **settings: float,
+    **settings: float | int,
 ) -> GaussianWorld:
     """compass, ring or line, its policy a perfect base model that has not been trained.
 

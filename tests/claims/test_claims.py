@@ -19,6 +19,7 @@ import claim_consistency
 import claim_constrained
 import claim_constrained_assistant
 import claim_ddpo
+import claim_find_noise
 import claim_grpo
 import claim_grpo_shapes
 import claim_par
@@ -48,6 +49,7 @@ CLAIMS = {
     "ddpo": claim_ddpo,
     "grpo": claim_grpo,
     "grpo_shapes": claim_grpo_shapes,
+    "find_noise": claim_find_noise,
     "par": claim_par,
     "ppo": claim_ppo,
     "prdp": claim_prdp,
@@ -133,6 +135,27 @@ def test_one_seed_of_teleportation(monkeypatch):
     assert found["dropped"]["8"] < found["dropped"]["0"] + 0.05
     assert found["start"]["teleport, 1"] < 0.4 * found["start"]["isotropic, 1"]
     assert found["start"]["rank 2, 1"] > 2 * found["start"]["teleport, 1"]
+
+
+def test_find_noise_can_fail():
+    stored = json.loads((HERE / "results/find_noise.json").read_text())["runs"]
+    shifted, bar = "no calibration, reward + 2", "ring: FIND minus FIND without calibration, reward + 2"
+    full = {r["seed"]: r["curve"] for r in stored if r["method"] == "full"}
+    same = [r | ({"curve": full[r["seed"]]} if r["method"] == shifted else {}) for r in stored]
+    lost = [r | ({"curve": [[*row[:3], 0.0] for row in r["curve"]]} if r["method"] == shifted else {}) for r in stored]
+    assert bar in failed(claim_find_noise.verdict(same)) and bar not in failed(claim_find_noise.verdict(lost))
+    thawed = [r | {"frozen": False} for r in stored]
+    assert "runs of FIND in which a weight of the network moved" in failed(claim_find_noise.verdict(thawed))
+    flat = [r | {"curve": [[*row[:3], 0.2] for row in r["curve"]]} if r["world"] == "shapes" else r for r in stored]
+    assert "shapes, 20 steps: oracle, FIND minus frozen base" in failed(claim_find_noise.verdict(flat))
+
+
+def test_one_seed_of_find_noise(monkeypatch):
+    # stored, five seeds: .131 before, .975 +- .010 at the end
+    monkeypatch.setitem(claim_find_noise.EXAMINED, "ring", 64)
+    found = claim_find_noise.ring_run("full, reward + 2", 0)
+    assert found["curve"][0][3] < 0.3 and found["curve"][-1][3] > 0.85 and found["frozen"] and found["std"] < 0.2
+    assert found["curve"][-1][:2] == [480, 9600]
 
 
 def test_over_optimisation_and_par_can_fail():

@@ -12,7 +12,7 @@ import torch
 
 from minialign import kernels
 from minialign.kernels import Level
-from minialign.methods import b2diffurl, consistency_distillation, par, prdp, reward_model, rlcm, teleport
+from minialign.methods import b2diffurl, consistency_distillation, find_noise, par, prdp, reward_model, rlcm, teleport
 
 N = 5
 
@@ -42,6 +42,8 @@ def step(prediction_type, **given):
 CASES = {
     "gaussian_log_prob": (lambda x, m, s: kernels.gaussian_log_prob(x, m, s, "sum"), (X, Y, STD)),
     "gaussian_kl": (lambda x, m, s: kernels.gaussian_kl(x, m, s, "mean"), (X, Y, STD)),
+    "diagonal_log_prob": (lambda x, m, s: kernels.diagonal_log_prob(x, m, s, "mean"), (X, Y, Z)),
+    "standard_normal_kl": (lambda m, s: kernels.standard_normal_kl(m, s, "sum"), (X, Y)),
     "gaussian_step": (
         lambda x, m, s: kernels.gaussian_step(x, m, s, next=None, noise=Z, reduction="mean"),
         (X, Y, STD),
@@ -158,6 +160,11 @@ KERNELS_OF_METHODS = {
         lambda q, n, t, w: reward_model.odin_loss(q, n, t, w),
         tuple(random(2, N, seed=s) for s in (14, 15, 16, 17)),
     ),
+    "find_noise.find_loss": (
+        lambda p, q, r, kl: find_noise.find_loss(p, q, r, kl, 0.2, 0.3),
+        (LOG_P, LOG_Q, REWARDS, A),
+    ),
+    "find_noise.moment_distance": (lambda m, s: find_noise.moment_distance(m, s, "mean"), (X, Y)),
     "b2diffurl.pairwise_loss": (lambda p, q: b2diffurl.pairwise_loss(p, q, 0.7), (LOG_P, LOG_Q)),
 }
 CASES |= KERNELS_OF_METHODS
