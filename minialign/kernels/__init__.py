@@ -62,6 +62,7 @@ from minialign.kernels.policy_gradient import (
     weighted_sums,
     whiten,
 )
+from minialign.kernels.preferences import denoising_log_ratio, dpo_loss, kto_loss, kto_reference_point
 
 __all__ = [
     "Level",
@@ -77,7 +78,9 @@ __all__ = [
     "ddim_std",
     "ddim_step",
     "delta_score",
+    "denoising_log_ratio",
     "diffusers_guidance",
+    "dpo_loss",
     "edm_denoised",
     "edm_scalings",
     "expand_as",
@@ -95,6 +98,8 @@ __all__ = [
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "kto_loss",
+    "kto_reference_point",
     "last_token",
     "lcm_guidance",
     "lcm_timesteps",
