@@ -30,6 +30,7 @@ B2_EXACT = dict(
 )
 # plain sums of the rewards to come, whitened over the round, move a table best
 TABLE = dict(num_tokens=4, num_epochs=1, gae_lambda=1.0, learning_rate=0.03)
+SWAPS = dict(selection="distribution", learning_rate=5e-4)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
     ("ddpo", "digits"): dict(num_iterations=16, learning_rate=1e-3, steps_per_pass=5),
@@ -48,6 +49,11 @@ RECIPES = {
     ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
     ("rwr", "shapes"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
+    # beta, of errors that are summed: some 220 a pixel, whatever the number of pixels
+    ("dragon", "digits"): SWAPS | dict(num_iterations=8, num_prompts=96, num_updates=8, minibatch_size=64, beta=3.5),
+    ("dragon", "shapes"): SWAPS | dict(num_iterations=12, num_prompts=48, num_updates=6, minibatch_size=32, beta=0.9),
+    ("dragon", "compass"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
+    ("dragon", "ring"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),

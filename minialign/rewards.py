@@ -3,6 +3,7 @@
     checked          what every loop calls instead of the reward itself: refuses wrong shapes, nan, lists, and says why
     jpeg_size        kilobytes after JPEG coding; compressibility, incompressibility: two of DDPO's rewards
     clip_scorer      cosine similarity under any transformers CLIPModel; gradients flow into the images
+    clip_embedders   images and texts as vectors of its space, for rewards made of exemplars
     weighted_sum     several rewards as one, with the terms kept apart for plotting; Saturated: near enough of each
 
     checked_set      the border of a reward of a *set*: reward(samples, prompts) -> one number for all of them together;
@@ -129,7 +130,9 @@ def _why_shape(shape: tuple[int, ...], num_samples: int) -> str:
     if shape == (1, num_samples):
         return "Probably an extra batch axis: return scores.squeeze(0)."
     if shape == ():
-        return "Probably an average over the batch: leave it out. Or a reward of a set, where one of samples is asked for."
+        return (
+            "Probably an average over the batch: leave it out. Or a reward of a set, where one of samples is asked for."
+        )
     if len(shape) == 1:
         return "Probably some samples were dropped, or scored twice: return one score for each, in order."
     if len(shape) == 2 and shape[0] == num_samples:
@@ -338,6 +341,32 @@ def clip_scorer(
         return (outputs.image_embeds * outputs.text_embeds[rows]).sum(-1)
 
     return clip_score
+
+
+def clip_embedders(
+    model: torch.nn.Module, tokenizer: Callable, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Sequence[str]], Tensor]]:
+    """(images -> (n, d), texts -> (n, d)), unit vectors of one space, of a transformers CLIPModel; see `clip_scorer`.
+
+    So that a set of texts may be the exemplars of a set of images. No gradient.
+    """
+    model.eval().requires_grad_(False)
+    size = model.config.vision_config.image_size
+    mean, std = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
+
+    @torch.no_grad()
+    def of_images(images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch d"]:
+        pixels = (_resize_and_crop(images, size) - mean.to(images)) / std.to(images)
+        pooled = model.vision_model(pixel_values=pixels.to(model.device, model.dtype)).pooler_output
+        return torch.nn.functional.normalize(model.visual_projection(pooled), dim=1)
+
+    @torch.no_grad()
+    def of_texts(texts: Sequence[str]) -> Float[Tensor, "batch d"]:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(model.device)
+        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        return torch.nn.functional.normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=1)
+
+    return of_images, of_texts
 
 
 def _resize_and_crop(images: Tensor, size: int) -> Tensor:

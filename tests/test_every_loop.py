@@ -22,7 +22,7 @@ from test_reward_model import make_tokenizer, network, preferences
 
 from minialign import folder, worlds
 from minialign.loop import load_checkpoint, save_checkpoint
-from minialign.methods import b2diffurl, constrained, ddpo, par, ppo, reward_model, rlcm, rwr
+from minialign.methods import b2diffurl, constrained, ddpo, dragon, par, ppo, reward_model, rlcm, rwr
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 
@@ -70,6 +70,10 @@ def on_compass(method, wrap=lambda reward: reward):
 
 def several(reward):
     return [reward, lambda samples, prompts: reward(samples, prompts) / 2]
+
+
+def of_a_set(reward):
+    return lambda samples, prompts: reward(samples, prompts).mean()
 
 
 def shaped(reward):
@@ -149,6 +153,8 @@ CONSTRAINED = constrained.Config(
     (0.5, 0.4), num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, num_epochs=2,
     learning_rate=0.03,
 )  # fmt: skip
+DRAGON = dragon.Config(num_iterations=3, num_prompts=7, num_updates=4, minibatch_size=5)
+SETS = dataclasses.replace(DRAGON, selection="distribution", paired=False, objective="kto")
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -181,6 +187,8 @@ LOOPS = {
     "rwr": Loop(
         on_compass(rwr), rwr.Config(num_iterations=3, batch_size=15, num_updates=4, minibatch_size=2), still=None
     ),
+    "dragon": Loop(on_compass(dragon), DRAGON),
+    "dragon on sets": Loop(on_compass(dragon, of_a_set), SETS),
     "distillation": Loop(
         distillation_start, distillation.Config(num_iterations=3, batch_size=15, learning_rate=1e-3), still=None
     ),

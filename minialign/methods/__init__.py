@@ -10,6 +10,7 @@ What a module of this folder must have is a `Config`, and what it does. The rest
     num_value_heads(config) -> int            outputs of the critic that it needs beside a language policy
     shape(policy, reward, prompts, config, generator, **sampling) -> reward    for the loop of another, `Method.loop`
     trial(world, config, seed) -> Trial       all else: what is measured before and after, and the picture (evaluate.py)
+    takes_sets(config) -> bool                whether its reward is one of a set: reward(samples, prompts) -> one number
     floor(policy, config, metrics) -> dict    network passes that the step just made could not avoid (bench.py)
     bench(device) -> dict                     a row of `minialign bench`, where there are no steps
 """
@@ -98,6 +99,10 @@ CATALOGUE = {
             kind="trains", policies=("consistency",), world="shapes", claims=("rlcm", "rlcm_shapes"),
         ),
         Method(
+            name="dragon", title="DRAGON", authors="Bai et al.", year=2025, arxiv="2504.15217", chapter="17",
+            kind="trains", policies=("diffusion",), world="digits", claims=("dragon", "dragon_rewards"),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -147,6 +152,10 @@ CHAPTERS = {
         ),
         Chapter("12_rlcm", "RLCM", "train a model that draws in four calls, and say what its last call cannot learn"),
         Chapter(
+            "17_dragon", "DRAGON",
+            "turn any property of a crowd into a reward, and train on two crowds of which one is better",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),
@@ -168,7 +177,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "13": "group-relative (GRPO)", "14": "PRDP", "15": "which noise", "16": "RAFT", "17": "DRAGON",
+    "13": "group-relative (GRPO)", "14": "PRDP", "15": "which noise", "16": "RAFT",
     "20": "Diffusion-DPO", "21": "D3PO", "22": "INPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",
