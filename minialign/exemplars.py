@@ -62,12 +62,18 @@ class FeatureReward:
         return dataclasses.replace(self, features=_flat)
 
 
-def frechet_to(exemplars: Any, features: Callable[[Any], Tensor] = _flat) -> FeatureReward:
+def frechet_to(
+    exemplars: Any,
+    features: Callable[[Any], Tensor] = _flat,
+    of_exemplars: Callable[[Any], Tensor] | None = None,
+    name: str = "frechet_to_exemplars",
+) -> FeatureReward:
     """Minus the squared Frechet distance of the set's features to those of `exemplars`: see `measure.frechet_distance`.
 
-    features(samples) -> (n, d); without it the samples' own elements. Sets of equal size alone compare.
+    features(samples) -> (n, d); without it the samples' own elements. of_exemplars: the exemplars' own encoder, if they
+    are of another kind. Sets of equal size alone compare.
     """
-    target = measure.RunningMoments(features(exemplars))
+    target = measure.RunningMoments((of_exemplars or features)(exemplars))
 
     def of_moments(mean: Tensor, covariance: Tensor) -> Tensor:
         return -measure.frechet_gaussian(mean, covariance, target.mean.to(mean), target.covariance.to(mean))
@@ -76,7 +82,7 @@ def frechet_to(exemplars: Any, features: Callable[[Any], Tensor] = _flat) -> Fea
         moments = measure.RunningMoments(found)
         return of_moments(moments.mean, moments.covariance)
 
-    return FeatureReward("frechet_to_exemplars", score, features, of_moments)
+    return FeatureReward(name, score, features, of_moments)
 
 
 def mmd_to(exemplars: Any, bandwidth: float | None = None, features: Callable[[Any], Tensor] = _flat) -> FeatureReward:

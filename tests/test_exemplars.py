@@ -97,11 +97,15 @@ def test_the_bandwidth_of_mmd_does_not_depend_on_the_set():
 
 def test_exemplars_may_be_of_another_kind():
     """Texts for images: each has an encoder of its own into one space."""
-    space = {"left": f64(-1, 0), "right": f64(1, 0)}
-    texts = torch.stack([space[word] for word in ("left", "right") * 4])
-    reward = exemplars.frechet_to(texts, lambda samples: samples if samples.ndim == 2 else samples.flatten(1)[:, :2])
-    images = texts.reshape(8, 1, 1, 2)
-    assert float(reward(images, [])) == pytest.approx(0, abs=1e-12)
+    space, texts = {"left": f64(-1, 0), "right": f64(1, 0)}, ["left", "right"] * 4
+
+    def of_texts(texts):
+        return torch.stack([space[word] for word in texts])
+
+    reward = exemplars.frechet_to(texts, lambda images: images[:, 0, 0], of_texts, "words")
+    images = of_texts(texts).reshape(8, 1, 1, 2)
+    assert float(reward(images, [])) == pytest.approx(0, abs=1e-12) and rewards.name_of(reward) == "words"
+    assert float(reward(images + 1, [])) == pytest.approx(-2)
 
 
 def test_encoding_once_gives_the_same_number():

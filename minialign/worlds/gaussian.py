@@ -181,7 +181,7 @@ def load(
     eta: float | int = 1.0,
     residual: str | None = None,
     seed: int = 0,
-    **settings: float,
+    **settings: float | int,
 ) -> GaussianWorld:
     """compass, ring or line, its policy a perfect base model that has not been trained.
 

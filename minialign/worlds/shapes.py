@@ -12,7 +12,6 @@ names its objects and sometimes how they stand to each other; `grammar()` says a
 Image coordinates: x to the right, y downwards, in pixels, pixel (0, 0) covering [0, 1] x [0, 1].
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -198,9 +197,9 @@ def like_scenes(folder: str | Path | None = None) -> FeatureReward:
     Along the scenes' first 8 principal axes, so that sets of some forty will do.
     """
     of_images, _ = load_embedders(folder)
-    scenes = of_images(render_scenes(list(PROMPTS) * 25, torch.Generator().manual_seed(0)))
-    axes = _main_axes(scenes)
-    return dataclasses.replace(frechet_to(scenes @ axes, lambda x: of_images(x) @ axes), name="like_scenes")
+    scenes = render_scenes(list(PROMPTS) * 25, torch.Generator().manual_seed(0))
+    axes = _main_axes(of_images(scenes))
+    return frechet_to(scenes, lambda images: of_images(images) @ axes, name="like_scenes")
 
 
 def like_red_captions(folder: str | Path | None = None) -> FeatureReward:
@@ -208,9 +207,10 @@ def like_red_captions(folder: str | Path | None = None) -> FeatureReward:
     of_images, of_texts = load_embedders(folder)
     captions = all_prompts("single") + all_prompts("relation") + all_prompts("count")
     others = [colour for colour in COLOURS if colour != "red"]
-    red = of_texts([text for text in captions if "red" in text and not any(colour in text for colour in others)])
+    red = [text for text in captions if "red" in text and not any(colour in text for colour in others)]
     axes = _main_axes(of_texts(captions))
-    return dataclasses.replace(frechet_to(red @ axes, lambda x: of_images(x) @ axes), name="like_red_captions")
+    both = (lambda images: of_images(images) @ axes), (lambda texts: of_texts(texts) @ axes)
+    return frechet_to(red, *both, name="like_red_captions")
 
 
 @dataclass(kw_only=True)

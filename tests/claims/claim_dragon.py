@@ -246,9 +246,9 @@ def verdict(runs: list[dict]) -> dict:
         bar("control: Frechet distance, shuffled minus base", shuffled, "> 0", shuffled.mean > 0, claimed=False),
     ]  # fmt: skip
     for arm in ("KTO", "unpaired"):
-        apart = paired_difference(column("frechet", arm=arm), ours["frechet"])
-        text = f"plane: Frechet distance, {arm} minus DPO by pairs"
-        bars.append(bar(text, apart, "within 2 s.e.", abs(apart.mean) <= 2 * apart.standard_error, claimed=False))
+        found = zip(column("frechet", arm=arm), base, strict=True)
+        count = float(sum(after <= 0.4 * before["frechet"] for after, before in found))
+        bars.append(bar(f"the first bar's seeds, {arm}", count, ">= 4", count >= 4, claimed=False))
     keys = ("frechet", "vendi", "instance", "reward_queries", "set_queries", "network_evaluations")
     table = {arm: {key: str(mean_ci(column(key, arm=arm))) for key in keys} for arm in PLANE}
     table["base"] = {key: str(mean_ci([row[key] for row in base])) for key in ("frechet", "vendi", "instance")}

@@ -3,21 +3,19 @@
 import dataclasses
 import itertools
 import math
-import sys
+import runpy
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "policies"))
-from conftest import stable_diffusion
-
 from minialign import exemplars, worlds
 from minialign.loop import fit
 from minialign.methods import dragon
 from minialign.policies.diffusion import DiffusionPolicy
 
+MODELS = Path(__file__).parent.parent / "policies" / "conftest.py"
 SMALL = dragon.Config(num_iterations=2, num_prompts=8, num_updates=3, minibatch_size=5)
 SETS = dataclasses.replace(SMALL, selection="distribution")
 
@@ -123,10 +121,11 @@ def test_moments_and_plain_calls_choose_alike_and_moments_are_fast():
 
 
 def test_a_swap_that_changes_nothing_is_taken_back_and_teaches_nothing():
-    # both of pair 0 are left, both of pair 1 right; in pair 2 one of each: only that one decides
-    points = torch.tensor([[-1.0, 0], [-2, 0], [1, 0], [2, 0], [1, 0], [-1, 0]])
-    found = dragon.split_by_swaps(dragon.Sets(two_modes, points, ["x"] * 6, neighbours(3)), torch.arange(3))
-    assert found.decided.tolist() == [False, False, True] and found.chosen[:2].tolist() == [0, 2]
+    # three of four are right; both of pair 0 are left, both of pairs 1 and 3 right: only pair 2 can bring back balance
+    x = torch.tensor([-1.0, -2, 1, 2, 1, -1, 3, 4])
+    points = torch.stack([x, torch.zeros(8)], 1)
+    found = dragon.split_by_swaps(dragon.Sets(two_modes, points, ["x"] * 8, neighbours(4)), torch.arange(4))
+    assert found.decided.tolist() == [False, False, True, False] and found.chosen.tolist() == [0, 2, 5, 6]
 
 
 # ---- the loss
@@ -255,6 +254,7 @@ def test_impossible_settings_and_rewards_of_the_other_kind_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stable_diffusion_pipeline_learns_and_redraws_from_its_own_loader(tmp_path, dtype):
+    stable_diffusion = runpy.run_path(str(MODELS))["stable_diffusion"]
     prompts, noise = ["a dog", "a cat"], torch.Generator().manual_seed(3)
     policy = DiffusionPolicy.from_pipeline(
         stable_diffusion(tmp_path).to(dtype=dtype), num_steps=3, guidance_scale=1.0, eta=0.0
