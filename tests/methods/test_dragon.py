@@ -168,21 +168,19 @@ def test_log_ratios_share_noise_within_a_pair():
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_it_brings_back_a_set_that_no_sample_knows_of(objective):
-    """Right of the middle are eight in ten at first; each sample alone is as good on either side."""
-    world = worlds.load("ring", num_modes=4, std=0.35)
+def test_a_crowd_is_moved_as_a_whole(objective):
+    """The mean of a set's first coordinate rises from 0 by more than .42, 4 s.e. of a mean of 192 points of sd 1.45."""
+    world = worlds.load("ring", num_modes=4, std=0.35, num_steps=10)
     config = dragon.Config(
-        num_iterations=6, num_prompts=64, num_updates=15, minibatch_size=64, selection="distribution", beta=4.0,
-        objective=objective, learning_rate=2e-3,
+        num_iterations=5, num_prompts=96, num_updates=20, minibatch_size=128, selection="distribution", beta=10.0,
+        objective=objective,
     )  # fmt: skip
 
-    def few_above(samples, prompts):
-        return -((samples[:, 1] > 0).float().mean() - 0.2).abs()
+    def to_the_right(samples, prompts):
+        return samples[:, 0].mean()
 
-    world.policy.set_num_steps(10)
-    history = fit(dragon.train(world.policy, few_above, world.prompts, config), progress=False)
-    assert history["reward"][0] < -0.2  # half of them are
-    assert sum(history["reward"][-2:]) / 2 > -0.15
+    history = fit(dragon.train(world.policy, to_the_right, world.prompts, config), progress=False)
+    assert abs(history["reward"][0]) < 0.42 < history["reward"][-1]
     for first, second in itertools.pairwise(("reward_chosen", "reward", "reward_rejected")):
         assert all(a >= b for a, b in zip(history[first], history[second], strict=True))
 
