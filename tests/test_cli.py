@@ -328,8 +328,11 @@ def test_constrained_holds_two_rewards_of_the_command_line_and_resumes(tmp_path)
     assert part["after"] == whole["after"]
 
 
-def test_dragon_takes_rewards_of_a_set_and_of_samples_and_resumes(tmp_path, capsys):
-    small = ["dragon", "--world", "compass", "--quiet", "--set", "num_prompts=16", "--set", "num_updates=2"]
+def test_dragon_takes_rewards_of_a_set_and_of_samples_and_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "EVALUATION_SAMPLES", 64)
+    monkeypatch.setattr(evaluate, "KL_SAMPLES", 8)
+    small = ["dragon", "--world", "compass", "--quiet"]
+    small += [word for field in ("num_prompts=16", "num_updates=2", "num_steps=4") for word in ("--set", field)]
     assert run(*small, "--steps", 3, "--out", "whole") == 0 and run(*small, "--steps", 2, "--out", "part") == 0
     assert run("--resume", "part", "--steps", 3, "--quiet") == 0
     whole, part = (json.loads((tmp_path / f"{name}/summary.json").read_text()) for name in ("whole", "part"))

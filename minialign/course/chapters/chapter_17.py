@@ -242,6 +242,7 @@ GREEDY_SWAPS = Exercise(
     points=5,
     reference=greedy_swaps,
     dtype=torch.long,
+    draws=2,
     cases={
         "one pair": dict(pairs=torch.tensor([[[1.0], [3.0]]]), score=total, order=[0]),
         "a tie": dict(pairs=torch.tensor([[[1.0], [2.0]], [[3.0], [-3.0]]]), score=half_positive, order=[0, 1]),

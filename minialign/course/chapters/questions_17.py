@@ -30,17 +30,6 @@ QUESTIONS = [
         points=1,
         answer="b",
         why={
-            "a": "A quarter of beta times the difference of the two gradients is left: the loss is log 2, not flat.",
-            "b": "Yes: both errors may rise together, and the loss is content while their difference grows. Beta alone "
-            "holds the policy back, and too small it does not.",
-            "c": "It is frozen. What it knows cannot change, only how far the policy has gone from it.",
-        },
-    ),
-    Quiz(
-        "17/q4",
-        points=1,
-        answer="b",
-        why={
             "a": "More passes sort the same samples better; what the policy draws has changed since.",
             "b": "Yes: D+ is better than what the OLD policy draws. Nothing says that it is better than what this one "
             "draws.",
