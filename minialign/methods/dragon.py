@@ -15,8 +15,9 @@ away from the second with a preference loss: nothing is differentiated through t
 The authors' code is not public, and the text of the paper was not before us: how the sets are built, and the losses'
 details, follow its abstract, captions and tables. In particular ours: a pair that the reward cannot tell apart teaches
 nothing (so a constant reward moves no weight); "unpaired" splits one pool over all prompts by rank, or swaps chance
-partners; t and eps are shared by the members of a pair under KTO, too. The reference stays the base model; a reference
-that is refreshed is policy.merge() between two runs.
+partners; t and eps are shared by the members of a pair under KTO, too. The reference stays the base model; one that is
+refreshed is policy.merge() between two runs. beta weighs a log-ratio that is known up to a factor, which the kind of
+error sets: on velocities it is 1 where on noise, in the same world, it is some 10.
 """
 
 from collections.abc import Hashable, Iterator, Sequence

@@ -180,12 +180,12 @@ def verdict(runs: list[dict]) -> dict:
     average, chance = averages(ours), averages(control)
     over_half = paired_difference(average, [0.5] * len(seeds))
     over_control = paired_difference(average, chance)
-    mean = sum(average) / len(average)
+    mean = paired_difference(average, [0.0] * len(seeds))
     each = {reward: [ours[*reward, seed] for seed in seeds] for reward in rewards}
     worst = min(each, key=lambda reward: sum(each[reward]))
     kinds = {(r["world"], r["reward"]): r["kind"] for r in runs}
     bars = [
-        bar(f"average win rate over {len(rewards)} rewards (the paper: {PAPER})", mean, f">= {PAPER}", mean >= PAPER),
+        bar(f"average win rate over {len(rewards)} rewards (the paper: {PAPER})", mean, f">= {PAPER}", mean.mean >= PAPER),
         bar("average win rate minus one half", over_half, "> 2 s.e.", over_half.mean > 2 * over_half.standard_error),
         bar("average win rate minus that of the shuffled control", over_control, "> 2 s.e.",
             over_control.mean > 2 * over_control.standard_error),
