@@ -11,7 +11,10 @@ import warnings
 
 __version__ = "0.1.0"
 
-_ROOMS = ("course", "exact", "kernels", "loop", "measure", "methods", "policies", "rewards", "search", "show", "worlds")
+_ROOMS = (
+    "course", "exact", "exemplars", "kernels", "loop", "measure", "methods", "policies", "rewards", "search", "show",
+    "worlds",
+)  # fmt: skip
 __all__ = ["__version__", *_ROOMS]
 
 

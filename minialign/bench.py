@@ -19,6 +19,7 @@ from minialign.prepare import (
     policy_kind,
     ready_world,
     settings,
+    takes_sets,
     training,
     worlds_of,
 )
@@ -111,6 +112,11 @@ def free_reward(samples, prompts):
     return samples.float().flatten(1).mean(1) if torch.is_tensor(samples) else torch.randn(len(samples))
 
 
+def free_set_reward(samples, prompts):
+    """The same of a set."""
+    return samples.float().mean()
+
+
 def bench_row(method: Method, world_name: str, rounds: int, device: str) -> dict:
     """A method's step beside its floor, alternating, so that a slow moment of the machine touches both; medians."""
     import torch
@@ -122,7 +128,8 @@ def bench_row(method: Method, world_name: str, rounds: int, device: str) -> dict
         policy.to(device)
     bare = language_seconds if hasattr(policy, "generate") else denoising_seconds
     module = CATALOGUE[method.loop or method.name].module
-    steps = training(method, chosen, world, [free_reward], seed=0)
+    reward = free_set_reward if takes_sets(method, chosen.config) else free_reward
+    steps = training(method, chosen, world, [reward], seed=0)
     measured, floors = [], []
     for step in steps(torch.Generator().manual_seed(0)):
         floor = bare(policy, world.prompts, **module.floor(policy, config, step.metrics))

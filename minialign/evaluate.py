@@ -6,6 +6,7 @@ A method that is neither makes a `Trial` of its own.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minialign import measure, show
-from minialign.rewards import checked
+from minialign.rewards import checked, checked_set
 
 EVALUATION_SAMPLES = 512
 KL_SAMPLES = 64
@@ -44,19 +45,28 @@ class Trial:
 
 
 def policy_trial(
-    world, rewards: Mapping[str, Callable], seed: int, steps: Callable[..., Iterator], total: int, shaped: bool = False
+    world,
+    rewards: Mapping[str, Callable],
+    seed: int,
+    steps: Callable[..., Iterator],
+    total: int,
+    shaped: bool = False,
+    of_sets: bool = False,
 ) -> Trial:
     """The world's policy before and after training on `rewards`, by name, from the same noise.
 
-    shaped: it is trained on a reward made from these, so that the curve of training has another scale.
+    shaped: it is trained on a reward made from these, so that the curve of training has another scale. of_sets: they
+    are rewards of a set, of all that is drawn here.
     """
+    judge = checked_set if of_sets else checked
+    levels = {name: partial(judge, reward) for name, reward in rewards.items()}
     talks = hasattr(world.policy, "generate")
     evaluate = evaluate_texts if talks else evaluate_samples
 
     def measured() -> dict[str, Any]:
         spent = world.policy.network_evaluations
         with torch.no_grad():
-            result = evaluate(world, rewards, seed)
+            result = evaluate(world, levels, seed)
         world.policy.network_evaluations = spent  # not charged to training
         return result
 
@@ -86,9 +96,9 @@ def in_turn(prompts: list, n: int = 0) -> list:
     return [prompts[i % len(prompts)] for i in range(n or EVALUATION_SAMPLES)]
 
 
-def scored(world, rewards: Mapping[str, Callable], samples, prompts: list) -> dict[str, Any]:
-    """What any samples score: the oracle, each reward, and their sum."""
-    means = [float(checked(reward, samples, prompts).mean()) for reward in rewards.values()]
+def scored(world, levels: Mapping[str, Callable], samples, prompts: list) -> dict[str, Any]:
+    """What any samples score: the oracle, each reward (checked), and their sum."""
+    means = [float(level(samples, prompts).mean()) for level in levels.values()]
     scores = checked(world.oracle, samples, prompts)
     several = {f"reward_{i}": mean for i, mean in enumerate(means)} if len(means) > 1 else {}
     return {
@@ -97,13 +107,13 @@ def scored(world, rewards: Mapping[str, Callable], samples, prompts: list) -> di
     }  # fmt: skip
 
 
-def evaluate_samples(world, rewards: Mapping[str, Callable], seed: int) -> dict[str, Any]:
+def evaluate_samples(world, levels: Mapping[str, Callable], seed: int) -> dict[str, Any]:
     """Samples of a policy that denoises for the world's prompts from fixed noise, and what they score."""
     policy, generator = world.policy, torch.Generator().manual_seed(10_000 + seed)
     prompts = in_turn(world.prompts)
     samples = policy.sample(prompts, policy.draw_noise(len(prompts), generator))
     noise = policy.draw_noise(KL_SAMPLES, generator)
-    result = scored(world, rewards, samples, prompts)
+    result = scored(world, levels, samples, prompts)
     result["diversity"] = float(measure.diversity(samples, prompts, reduction="mean"))
     if hasattr(policy, "noise_kl"):  # the path behind the noise is the base's own
         result["kl"] = float(policy.noise_kl(policy.rows(prompts), "sum").mean())
@@ -116,13 +126,13 @@ def evaluate_samples(world, rewards: Mapping[str, Callable], seed: int) -> dict[
     return result
 
 
-def evaluate_texts(world, rewards: Mapping[str, Callable], seed: int) -> dict[str, Any]:
+def evaluate_texts(world, levels: Mapping[str, Callable], seed: int) -> dict[str, Any]:
     """The same of a policy that answers; diversity is the share of different word pairs among all."""
     policy, generator = world.policy, torch.Generator().manual_seed(10_000 + seed)
     prompts = in_turn(world.prompts)
     responses = policy.generate(prompts, world.num_tokens, generator=generator)
     log_ratio = policy.log_probs(responses) - policy.log_probs(responses, reference=True)
-    result = scored(world, rewards, responses.texts, prompts)
+    result = scored(world, levels, responses.texts, prompts)
     result["diversity"] = measure.distinct(responses.texts, 2)
     result["kl"] = float(log_ratio.sum(1).mean())
     if world.held_out:

@@ -1,6 +1,6 @@
 """Measures: how far from the data, how diverse, how far from the base, and how sure we are.
 
-    distance to data      frechet_distance, mmd, sliced_wasserstein
+    distance to data      frechet_distance, mmd, sliced_wasserstein; RunningMoments of a set whose members change
     diversity             diversity (mean pairwise distance within a prompt), vendi_score
     distance to the base  path_kl, kl_to_base: exact Gaussian KL of every transition, in nats
     over-optimisation     best_of_n_estimate, overoptimisation_law: gold reward against the distance from the base
@@ -64,6 +64,34 @@ def _same_width(a: Tensor, b: Tensor) -> None:
 def _covariance(features: Tensor) -> Tensor:
     centred = features - features.mean(0)
     return centred.T @ centred / (len(features) - 1)
+
+
+class RunningMoments:
+    """Mean (d,) and covariance (d, d; denominator n - 1) of n points, kept up to date while points are exchanged.
+
+    An exchange costs O(d^2), where computing them anew costs O(n d^2). float64, on the points' device.
+    """
+
+    def __init__(self, features: Num[Tensor, "n d"]):
+        if len(features) < 2:
+            raise ValueError(f"a covariance needs at least 2 samples; there is {len(features)}.")
+        self.n, self._origin = len(features), features.double().mean(0)  # sums from here lose no digits
+        centred = features.double() - self._origin
+        self._sum, self._products = centred.sum(0), centred.T @ centred
+
+    def swap(self, old: Num[Tensor, "d"], new: Num[Tensor, "d"]) -> None:
+        """`new` takes the place of `old`."""
+        old, new = old.double() - self._origin, new.double() - self._origin
+        self._sum += new - old
+        self._products += torch.outer(new, new) - torch.outer(old, old)
+
+    @property
+    def mean(self) -> Float64[Tensor, "d"]:
+        return self._origin + self._sum / self.n
+
+    @property
+    def covariance(self) -> Float64[Tensor, "d d"]:
+        return (self._products - torch.outer(self._sum, self._sum) / self.n) / (self.n - 1)
 
 
 def mmd(a: Num[Tensor, "n d"], b: Num[Tensor, "m d"], bandwidth: float | None = None) -> Float64[Tensor, ""]:

@@ -181,20 +181,31 @@ def training(method: Method, chosen: Chosen, world, rewards: list[Callable], see
     return lambda generator, resume=None: module.train(policy, reward, world.prompts, config, generator, resume)
 
 
-def choose_rewards(method: Method, world, text: str | None) -> dict[str, Callable]:
+def takes_sets(method: Method, config: Any) -> bool:
+    """Whether it is trained on rewards of a set."""
+    return getattr(method.module, "takes_sets", lambda config: False)(config)
+
+
+def choose_rewards(method: Method, world, text: str | None, of_sets: bool = False) -> dict[str, Callable]:
     """The rewards named in `text`, with commas between; those of the recipe, or the world's default, if it is None."""
-    names = (
-        text.split(",") if text is not None else recipes.REWARDS.get((method.name, world.name), (world.default_reward,))
-    )
-    return {name: choose_reward(world, name) for name in names}
+    if of_sets and text is None and not world.set_rewards:
+        raise UserError(
+            f"world {world.name!r} has no reward of a set. Give your own, --reward package.module:function, or set "
+            "another selection."
+        )
+    default = next(iter(world.set_rewards)) if of_sets and text is None else world.default_reward
+    names = text.split(",") if text is not None else recipes.REWARDS.get((method.name, world.name), (default,))
+    return {name: choose_reward(world, name, of_sets) for name in names}
 
 
-def choose_reward(world, name: str) -> Callable:
+def choose_reward(world, name: str, of_sets: bool = False) -> Callable:
     """One of the world's rewards, or any Python callable given as package.module:function."""
-    if name in world.rewards:
-        return world.rewards[name]
+    known = world.set_rewards if of_sets else world.rewards
+    if name in known:
+        return known[name]() if of_sets else known[name]
     if ":" not in name:
-        raise UserError(nearest("reward", name, world.rewards) + " Or give your own as package.module:function.")
+        kind = "reward of a set" if of_sets else "reward"
+        raise UserError(nearest(kind, name, known) + " Or give your own as package.module:function.")
     module, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:

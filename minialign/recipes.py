@@ -52,6 +52,7 @@ RAFT_PICTURES = dict(
     num_iterations=4, num_prompts=96, keep_winners=0.8, num_epochs=16, learning_rate=2e-3, final_lr_fraction=0.0
 )
 RAFT_EXACT = dict(num_iterations=6, num_epochs=60, rows_per_pass=256, learning_rate=3e-3)
+SWAPS = dict(selection="distribution", learning_rate=5e-4)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
     ("ddpo", "digits"): dict(num_iterations=16, learning_rate=1e-3, steps_per_pass=5),
@@ -99,6 +100,11 @@ RECIPES = {
     ("find_noise", "compass"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
     ("find_noise", "ring"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
     ("find_noise", "line"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
+    # beta, of errors that are summed: some 220 a pixel, whatever the number of pixels
+    ("dragon", "digits"): SWAPS | dict(num_iterations=8, num_prompts=96, num_updates=8, minibatch_size=64, beta=3.5),
+    ("dragon", "shapes"): SWAPS | dict(num_iterations=12, num_prompts=48, num_updates=6, minibatch_size=32, beta=0.9),
+    ("dragon", "compass"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
+    ("dragon", "ring"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),

@@ -3,10 +3,11 @@
     checked          what every loop calls instead of the reward itself: refuses wrong shapes, nan, lists, and says why
     jpeg_size        kilobytes after JPEG coding; compressibility, incompressibility: two of DDPO's rewards
     clip_scorer      cosine similarity under any transformers CLIPModel; gradients flow into the images
+    clip_embedders   images and texts as vectors of its space, for rewards made of exemplars
     weighted_sum     several rewards as one, with the terms kept apart for plotting; Saturated: near enough of each
 
-    checked_set      the border of a reward of a *set*: reward(samples, prompts) -> one number for all of them together
-    frechet_to, mmd_to, vendi    such rewards: how near a set is to exemplars, how diverse it is
+    checked_set      the border of a reward of a *set*: reward(samples, prompts) -> one number for all of them together;
+                     ready ones, and rewards of samples beside exemplars, are in exemplars.py
 
 Samples are images (batch, C, h, w) in [0, 1] in the image worlds, points in the 2-D worlds, token ids or strings in the
 language worlds, or a list of anything; a prompt is any hashable. A reward may be differentiable; whoever wants no
@@ -22,8 +23,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-
-from minialign import measure
 
 Reward = Callable[[Any, Sequence[Hashable]], Tensor]
 SetReward = Callable[[Any, Sequence[Hashable]], Tensor | float]
@@ -119,7 +118,8 @@ def _as_tensor(name: str, scores: object, num_samples: int) -> Tensor:
         raise RewardError(f"reward {name!r} returned a {type(scores).__name__} {expected} Return {repair}.")
     if isinstance(scores, (bool, int, float, np.generic)):
         raise RewardError(
-            f"reward {name!r} returned one number, {scores}, {expected} Probably an average over the batch: drop it."
+            f"reward {name!r} returned one number, {scores}, {expected} Probably an average over the batch: drop it. "
+            "Or a reward of a set, where one of samples is asked for."
         )
     raise RewardError(f"reward {name!r} returned a {type(scores).__name__} {expected} Convert it with torch.as_tensor.")
 
@@ -130,7 +130,9 @@ def _why_shape(shape: tuple[int, ...], num_samples: int) -> str:
     if shape == (1, num_samples):
         return "Probably an extra batch axis: return scores.squeeze(0)."
     if shape == ():
-        return "Probably an average over the batch: leave it out."
+        return (
+            "Probably an average over the batch: leave it out. Or a reward of a set, where one of samples is asked for."
+        )
     if len(shape) == 1:
         return "Probably some samples were dropped, or scored twice: return one score for each, in order."
     if len(shape) == 2 and shape[0] == num_samples:
@@ -212,48 +214,6 @@ def _as_number(name: str, score: object, num_samples: int, group: int) -> Tensor
     if score.shape != () or score.is_complex():
         raise RewardError(f"reward {name!r} returned {score.dtype} of shape {tuple(score.shape)} {expected}")
     return score
-
-
-def _flat(samples: Tensor) -> Tensor:
-    return samples.flatten(1)
-
-
-def frechet_to(exemplars: Tensor, features: Callable[[Tensor], Tensor] = _flat) -> SetReward:
-    """Minus the squared Frechet distance of the set's features to those of `exemplars`: see `measure.frechet_distance`.
-
-    features(samples) -> (n, d); without it the samples' own elements. Sets of equal size alone compare.
-    """
-    target = features(exemplars)
-
-    def frechet_to_exemplars(samples: Tensor, prompts: Sequence[Hashable]) -> Tensor:
-        return -measure.frechet_distance(features(samples), target)
-
-    return frechet_to_exemplars
-
-
-def mmd_to(
-    exemplars: Tensor, bandwidth: float | None = None, features: Callable[[Tensor], Tensor] = _flat
-) -> SetReward:
-    """Minus the squared MMD of the set's features to those of `exemplars`, without bias: see `measure.mmd`.
-
-    bandwidth: of the Gaussian kernel; if none is given the median distance within the exemplars, whatever the set.
-    """
-    target = features(exemplars)
-    bandwidth = float(torch.pdist(target.double()).median()) if bandwidth is None else bandwidth
-
-    def mmd_to_exemplars(samples: Tensor, prompts: Sequence[Hashable]) -> Tensor:
-        return -measure.mmd(features(samples), target, bandwidth)
-
-    return mmd_to_exemplars
-
-
-def vendi(features: Callable[[Tensor], Tensor] = _flat) -> SetReward:
-    """The effective number of different samples in the set, from 1 to its size: see `measure.vendi_score`."""
-
-    def vendi(samples: Tensor, prompts: Sequence[Hashable]) -> Tensor:
-        return measure.vendi_score(features(samples))
-
-    return vendi
 
 
 # ---------------------------------------------------------------------------------------------- JPEG size
@@ -381,6 +341,32 @@ def clip_scorer(
         return (outputs.image_embeds * outputs.text_embeds[rows]).sum(-1)
 
     return clip_score
+
+
+def clip_embedders(
+    model: torch.nn.Module, tokenizer: Callable, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Sequence[str]], Tensor]]:
+    """(images -> (n, d), texts -> (n, d)), unit vectors of one space, of a transformers CLIPModel; see `clip_scorer`.
+
+    So that a set of texts may be the exemplars of a set of images. No gradient.
+    """
+    model.eval().requires_grad_(False)
+    size = model.config.vision_config.image_size
+    mean, std = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
+
+    @torch.no_grad()
+    def of_images(images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch d"]:
+        pixels = (_resize_and_crop(images, size) - mean.to(images)) / std.to(images)
+        pooled = model.vision_model(pixel_values=pixels.to(model.device, model.dtype)).pooler_output
+        return torch.nn.functional.normalize(model.visual_projection(pooled), dim=1)
+
+    @torch.no_grad()
+    def of_texts(texts: Sequence[str]) -> Float[Tensor, "batch d"]:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(model.device)
+        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        return torch.nn.functional.normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=1)
+
+    return of_images, of_texts
 
 
 def _resize_and_crop(images: Tensor, size: int) -> Tensor:

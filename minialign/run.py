@@ -31,6 +31,7 @@ from minialign.prepare import (
     policy_kind,
     ready_world,
     settings,
+    takes_sets,
     training,
 )
 from minialign.settings import expected, fits
@@ -167,11 +168,12 @@ def make_trial(plan: Plan):
         if plan.reward:
             raise UserError(f"{method.name} takes no reward: leave --reward out.")
         return method.module.trial(world, chosen.config, plan.seed)
-    rewards = choose_rewards(method, world, plan.reward)
+    of_sets = takes_sets(method, chosen.config)
+    rewards = choose_rewards(method, world, plan.reward, of_sets)
     plan.reward = ",".join(rewards)
     steps = training(method, chosen, world, list(rewards.values()), plan.seed)
     total = (chosen.loop or chosen.config).num_iterations
-    return evaluate.policy_trial(world, rewards, plan.seed, steps, total, shaped=method.loop is not None)
+    return evaluate.policy_trial(world, rewards, plan.seed, steps, total, method.loop is not None, of_sets)
 
 
 def train(plan: Plan, trial, progress: bool) -> tuple[list[dict], bool]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from minialign import bench, cli, evaluate, methods, prepare, recipes
 from minialign import run as running
 
-IMAGES = ("ddpo", "b2diffurl", "rlcm")  # methods with a floor that work on pictures and points
+IMAGES = ("ddpo", "b2diffurl", "rlcm", "dragon")  # methods with a floor that work on pictures and points
 FAST = ["--world", "compass", "--steps", "4", "--quiet", "--set", "num_prompts=32", "--set", "num_steps=5"]
 
 
@@ -279,10 +279,11 @@ def test_rlcm_on_a_world_without_a_twin_distils_one_first(tmp_path, capsys, quic
 def test_the_floor_has_the_networks_rows_of_a_step(method, quick_distillation):
     """The rows of the floor's passes, backward ones counted thrice, are the step's own network evaluations."""
     module = methods.CATALOGUE[method].module
-    config = module.Config(num_iterations=2, num_prompts=6, num_minibatches=1, **({
-        "ddpo": dict(group_size=2, steps_per_pass=2),
-        "b2diffurl": dict(num_branches=3, first_window=2, last_window=3, steps_per_pass=2),
-        "rlcm": dict(group_size=2),
+    config = module.Config(num_iterations=2, num_prompts=6, **({
+        "ddpo": dict(num_minibatches=1, group_size=2, steps_per_pass=2),
+        "b2diffurl": dict(num_minibatches=1, num_branches=3, first_window=2, last_window=3, steps_per_pass=2),
+        "rlcm": dict(num_minibatches=1, group_size=2),
+        "dragon": dict(num_updates=3, minibatch_size=5, rollout_steps=4),
     }[method]))  # fmt: skip
     chosen = prepare.Chosen(dict(num_steps=5), config)
     world = prepare.ready_world(methods.CATALOGUE[method], "compass", chosen)
@@ -325,6 +326,29 @@ def test_constrained_holds_two_rewards_of_the_command_line_and_resumes(tmp_path)
     whole, part = (json.loads((tmp_path / f"{name}/summary.json").read_text()) for name in ("whole", "part"))
     assert whole["reward"] == "fives,fours" and {"reward_0", "reward_1"} <= set(whole["after"])
     assert part["after"] == whole["after"]
+
+
+def test_dragon_takes_rewards_of_a_set_and_of_samples_and_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "EVALUATION_SAMPLES", 64)
+    monkeypatch.setattr(evaluate, "KL_SAMPLES", 8)
+    small = ["dragon", "--world", "compass", "--quiet"]
+    small += [word for field in ("num_prompts=16", "num_updates=2", "num_steps=4") for word in ("--set", field)]
+    assert run(*small, "--steps", 3, "--out", "whole") == 0 and run(*small, "--steps", 2, "--out", "part") == 0
+    assert run("--resume", "part", "--steps", 3, "--quiet") == 0
+    whole, part = (json.loads((tmp_path / f"{name}/summary.json").read_text()) for name in ("whole", "part"))
+    assert whole["reward"] == "like_exemplars" and whole["before"]["reward"] < 0 and part["after"] == whole["after"]
+    each = [*small, "--steps", 1, "--set", "selection=instance"]
+    assert run(*each, "--out", "each") == 0
+    assert json.loads((tmp_path / "each/summary.json").read_text())["reward"] == "gold"
+    (tmp_path / "mine.py").write_text("def right(samples, prompts):\n    return (samples[:, 0] > 0).float().mean()\n")
+    assert run(*small, "--steps", 1, "--reward", "mine:right", "--out", "mine") == 0
+    for arguments, message in [
+        ([*small, "--reward", "gold"], "unknown reward of a set 'gold'; There are: like_exemplars, mmd_to_exemplars"),
+        ([*each, "--reward", "vendi"], "unknown reward 'vendi'"),
+        ([*small, "--world", "line", "--set", "selection=distribution"], "world 'line' has no reward of a set."),
+    ]:
+        assert run(*arguments, "--out", "bad") == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "bad").exists()
 
 
 def test_course_copy_hands_out_the_notebooks_and_overwrites_no_answers(tmp_path, capsys):

@@ -27,6 +27,7 @@ from minialign.methods import (
     constrained,
     ddpo,
     diffusion_nft,
+    dragon,
     find_noise,
     grpo,
     par,
@@ -85,6 +86,10 @@ def on_compass(method, wrap=lambda reward: reward, model="diffusion"):
 
 def several(reward):
     return [reward, lambda samples, prompts: reward(samples, prompts) / 2]
+
+
+def of_a_set(reward):
+    return lambda samples, prompts: reward(samples, prompts).mean()
 
 
 def shaped(reward):
@@ -193,6 +198,8 @@ RAFT = raft.Config(
     num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, learning_rate=0.03, beta=0.1
 )  # fmt: skip
 FIND = find_noise.Config(num_iterations=3, group_size=7, learning_rate=3e-3, reduction="sum")
+DRAGON = dragon.Config(num_iterations=3, num_prompts=7, num_updates=4, minibatch_size=5)
+SETS = dataclasses.replace(DRAGON, selection="distribution", paired=False, objective="kto")
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -253,6 +260,8 @@ LOOPS = {
         on_compass(raft), dataclasses.replace(RAFT, keep_winners=0.8, learning_rate=3e-3),
         dict(rows_per_pass=2, steps_per_pass=3), still=None,
     ),
+    "dragon": Loop(on_compass(dragon), DRAGON),
+    "dragon on sets": Loop(on_compass(dragon, of_a_set), SETS),
     "distillation": Loop(
         distillation_start, distillation.Config(num_iterations=3, batch_size=15, learning_rate=1e-3), still=None
     ),

@@ -390,30 +390,3 @@ def test_a_set_reward_that_raises_and_sets_that_are_none():
     assert "was given no samples" in set_refusal(spread, SAMPLES[:0], [])
     assert "group has shape (6,) for 7 samples" in set_refusal(spread, group=GROUP[:6])
     assert "returned nan for group 2 of 1 samples" in set_refusal(spread, group=[1, 1, 1, 1, 1, 1, 2])
-
-
-def test_ready_rewards_of_a_set_prefer_the_near_and_the_diverse():
-    generator = torch.Generator().manual_seed(0)
-    exemplars = torch.randn(400, 2, generator=generator)
-    near, far = torch.randn(400, 2, generator=generator), torch.randn(400, 2, generator=generator) + 1
-    same = near[:1] + 0.01 * torch.randn(400, 2, generator=generator)
-    samples, prompts, group = torch.cat([near, far, same]), ["a point"] * 1200, torch.arange(3).repeat_interleave(400)
-    for reward in (rewards.frechet_to(exemplars), rewards.mmd_to(exemplars)):
-        scores = rewards.checked_set(reward, samples, prompts, group)
-        assert scores[0] > scores[1] and scores[0] > scores[2]
-    # a shift by one in each of two directions costs 2 in squared units, and nothing else
-    assert float(rewards.frechet_to(exemplars)(exemplars + 1, prompts)) == pytest.approx(-2, abs=1e-5)
-    rows = torch.eye(3).repeat(2, 1)
-    assert rewards.checked_set(rewards.vendi(), rows, ["x"] * 6, [0, 0, 0, 1, 1, 1]).tolist() == pytest.approx([3, 3])
-    assert rewards.checked_set(rewards.vendi(), rows[[0, 0, 1, 1]], ["x"] * 4).tolist() == pytest.approx([2])
-    doubled = rewards.frechet_to(exemplars, features=lambda x: 2 * x)
-    assert float(doubled(far, prompts)) == pytest.approx(4 * float(rewards.frechet_to(exemplars)(far, prompts)))
-
-
-def test_the_bandwidth_of_mmd_does_not_depend_on_the_set():
-    exemplars = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    bandwidth = float(torch.pdist(exemplars.double()).median())
-    samples = exemplars[:20] + 9
-    expected = -rewards.measure.mmd(samples, exemplars, bandwidth)
-    torch.testing.assert_close(rewards.mmd_to(exemplars)(samples, ["x"] * 20), expected)
-    assert rewards.mmd_to(exemplars, 3.0)(samples, []) != expected

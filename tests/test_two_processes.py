@@ -14,8 +14,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "methods
 
 from test_reward_model import make_tokenizer, network, preferences
 
-from minialign import worlds
-from minialign.methods import b2diffurl, constrained, ddpo, ppo, prdp, raft, reward_model, rlcm, rwr
+from minialign import exemplars, worlds
+from minialign.methods import b2diffurl, constrained, ddpo, dragon, ppo, prdp, raft, reward_model, rlcm, rwr
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 
@@ -94,6 +94,10 @@ def several(reward):
 
 SMALL = dict(num_iterations=2, num_prompts=5, num_minibatches=2, learning_rate=1e-3)
 CHATS = dict(SMALL, group_size=3, num_tokens=4, num_epochs=1)
+KTO = dict(
+    num_iterations=2, num_prompts=5, num_updates=2, minibatch_size=3, learning_rate=1e-3, selection="distribution",
+    objective="kto",
+)  # fmt: skip
 LOOPS = {
     "ddpo": images(ddpo, ddpo.Config(**SMALL, group_size=2, beta=0.1)),
     "b2diffurl": images(b2diffurl, b2diffurl.Config(**SMALL, num_branches=3, first_window=2, last_window=3)),
@@ -108,6 +112,7 @@ LOOPS = {
     # without its ranking KL: rounding in bfloat16 moves the log-ratio of a path by nats, and who wins is yes or no;
     # its gradients agree to .2 %, and a fresh Adam every round would make full steps of what differs: hence its eps
     "raft images": images(raft, raft.Config(**SMALL, group_size=2, num_epochs=1, adam_eps=1e-3)),
+    "dragon": images(dragon, dragon.Config(**KTO), lambda reward: exemplars.vendi()),
     "rlcm": few_steps,
     "distillation": distilled,
     "ppo": answers(ppo, ppo.Config(**CHATS), 1),
@@ -119,7 +124,7 @@ LOOPS = {
 
 def refused(name, trains, precision):
     """All weights of a pipeline in half precision are not trained: their small steps would be lost."""
-    images = ("ddpo", "b2diffurl", "constrained images", "rwr", "prdp", "raft images", "rlcm")
+    images = ("ddpo", "b2diffurl", "constrained images", "rwr", "prdp", "raft images", "dragon", "rlcm")
     return trains == "all" and precision == "bfloat16" and name in images
 
 

@@ -65,6 +65,7 @@ from minialign.kernels.policy_gradient import (
     weighted_sums,
     whiten,
 )
+from minialign.kernels.preferences import denoising_log_ratio, dpo_loss, kto_loss, kto_reference_point
 from minialign.kernels.selection import group_ranks
 
 __all__ = [
@@ -82,8 +83,10 @@ __all__ = [
     "ddim_std",
     "ddim_step",
     "delta_score",
+    "denoising_log_ratio",
     "diagonal_log_prob",
     "diffusers_guidance",
+    "dpo_loss",
     "edm_denoised",
     "edm_scalings",
     "expand_as",
@@ -104,6 +107,8 @@ __all__ = [
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "kto_loss",
+    "kto_reference_point",
     "last_token",
     "lcm_guidance",
     "lcm_timesteps",

@@ -11,6 +11,7 @@ What a module of this folder must have is a `Config`, and what it does. The rest
     num_value_heads(config) -> int            outputs of the critic that it needs beside a language policy
     shape(policy, reward, prompts, config, generator, **sampling) -> reward    for the loop of another, `Method.loop`
     trial(world, config, seed) -> Trial       all else: what is measured before and after, and the picture (evaluate.py)
+    takes_sets(config) -> bool                whether its reward is one of a set: reward(samples, prompts) -> one number
     floor(policy, config, metrics) -> dict    network passes that the step just made could not avoid (bench.py)
     bench(device) -> dict                     a row of `minialign bench`, where there are no steps
 """
@@ -112,12 +113,16 @@ CATALOGUE = {
             kind="trains", policies=("diffusion",), world="crowd", claims=("prdp",),
         ),
         Method(
+            name="find_noise", title="FIND", authors="Chen et al.", year=2024, arxiv="2407.19453", chapter="15",
+            kind="trains", policies=("diffusion", "consistency", "flow"), world="shapes", claims=("find_noise",),
+        ),
+        Method(
             name="raft", title="RAFT", authors="Dong et al.", year=2023, arxiv="2304.06767", chapter="16",
             kind="trains", policies=("language", "diffusion", "consistency", "flow"), world="tokens", claims=("raft",),
         ),
         Method(
-            name="find_noise", title="FIND", authors="Chen et al.", year=2024, arxiv="2407.19453", chapter="15",
-            kind="trains", policies=("diffusion", "consistency", "flow"), world="shapes", claims=("find_noise",),
+            name="dragon", title="DRAGON", authors="Bai et al.", year=2025, arxiv="2504.15217", chapter="17",
+            kind="trains", policies=("diffusion",), world="digits", claims=("dragon", "dragon_rewards"),
         ),
         Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
@@ -177,12 +182,16 @@ CHAPTERS = {
             "turn the optimum of a regularised reward into a regression that needs no statistics of prompts, and ends",
         ),
         Chapter(
+            "15_find_noise", "Which noise",
+            "learn the noise that a frozen sampler starts from, prompt by prompt, and say what that can never do",
+        ),
+        Chapter(
             "16_raft", "RAFT",
             "train any generator on its own best samples, and say exactly what law T rounds of best-of-K lead to",
         ),
         Chapter(
-            "15_find_noise", "Which noise",
-            "learn the noise that a frozen sampler starts from, prompt by prompt, and say what that can never do",
+            "17_dragon", "DRAGON",
+            "turn any property of a crowd into a reward, and train on two crowds of which one is better",
         ),
         Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
@@ -206,7 +215,6 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "17": "DRAGON",
     "20": "Diffusion-DPO", "21": "D3PO", "22": "INPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",

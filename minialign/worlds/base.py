@@ -44,6 +44,8 @@ class World:
     `rewards` maps a name to `reward(samples, prompts) -> (batch,)`; `default_reward` is the one that `minialign run`
     trains on. `oracle` says what is right, on `oracle_scale`: "binary", 0 or 1 a sample, so that its mean is a share;
     or "points", any number. Prompts are any hashable; no training ever sees those `held_out`.
+    `set_rewards` maps a name to a builder, without arguments, of a reward of a *set*: reward(samples, prompts) -> one
+    number (`rewards.checked_set`); the first is what `minialign run` takes where such a reward is asked for.
     `real(n, generator)` draws (samples, prompts) of the data; `encode(samples)` are they as the policies' states.
     `show(samples, prompts)` draws them.
     `policies` maps a kind to a builder without arguments, see `Policies`; a world may have none. `policy` is the base
@@ -61,6 +63,7 @@ class World:
     policies: Policies | Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     policy_kind: str | None = None
     held_out: list[Hashable] = field(default_factory=list)
+    set_rewards: dict[str, Callable[[], Callable[[Any, list], Any]]] = field(default_factory=dict)
     encode: Callable[[Any], Any] = lambda samples: samples
 
     def __post_init__(self):

@@ -4,6 +4,7 @@
     load(model="flow")      base model: a StableDiffusion3Pipeline in miniature, a rectified flow (shipped, 0.6 M)
     load(model="mixture")   base model: an exact ten-component Gaussian mixture, so densities and tilts are closed forms
     oracle                  1 where a support vector machine reads the prompt's digit in what resembles any real digit
+    like_bold, vendi, ...   rewards of a set, made of examples: SET_REWARDS
     ink, symmetric, ...     rewards that can be seen; ink alone is easily hacked, bold and thin pay only if legible
 
 Latents are pixels mapped to [-1, 1]; samples are images (batch, 1, 8, 8) in [0, 1]. 1,437 digits are for fitting
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from minialign import show as pictures
 from minialign.exact import GaussianMixture
+from minialign.exemplars import FeatureReward, frechet_to, vendi
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.policies.flow import FlowPolicy
 from minialign.policies.loading import load_whole
@@ -145,6 +147,39 @@ def likeness(samples: Float[Tensor, "b 1 8 8"], prompts: Sequence[str]) -> Float
     return joint.log_softmax(1).gather(1, wanted.unsqueeze(1)).squeeze(1)
 
 
+# Rewards of a set -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _axes() -> tuple[Float[Tensor, "64"], Float[Tensor, "64 16"]]:
+    pixels = data("train")[0].flatten(1)
+    return pixels.mean(0), torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False)[2][:16].T
+
+
+def in_axes(samples: Float[Tensor, "b 1 8 8"]) -> Float[Tensor, "b 16"]:
+    """Coordinates along the training digits' first 16 principal axes, in pixel units: 85 % of their variance."""
+    mean, axes = _axes()
+    return (samples.flatten(1) - mean.to(samples)) @ axes.to(samples)
+
+
+def like_digits(*wanted: int) -> FeatureReward:
+    """Frechet distance of a set to the real ones of these digits, `in_axes`."""
+    images, labels = data("train")
+    return frechet_to(images[torch.isin(labels, torch.tensor(wanted))], in_axes)
+
+
+def like_bold() -> FeatureReward:
+    """Frechet distance of a set to the tenth of the real digits with most ink, `in_axes`: a style, by examples."""
+    images = data("train")[0]
+    return frechet_to(images[images.flatten(1).mean(1).topk(len(images) // 10).indices], in_axes)
+
+
+SET_REWARDS = {
+    "like_bold": like_bold,
+    "like_real": lambda: like_digits(*range(10)),
+    "like_3_and_8": lambda: like_digits(3, 8),
+    "vendi": lambda: vendi(in_axes, bandwidth=1.0),
+}
 REWARDS = {"oracle": oracle, "ink": ink, "bold": bold, "thin": thin, "symmetric": symmetric, "likeness": likeness}
 
 
@@ -264,6 +299,7 @@ def load(
         policies={kind: lambda: policy, **builders},
         prompts=list(NAMES),
         rewards=dict(REWARDS),
+        set_rewards=dict(SET_REWARDS),
         default_reward="bold",
         oracle=oracle,
         real=real,

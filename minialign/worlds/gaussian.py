@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minialign.exact import GaussianMixture, LinearGaussianFlow, LinearGaussianSampler
+from minialign.exemplars import FeatureReward, frechet_to, mmd_to, vendi
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.policies.flow import FlowPolicy
 from minialign.settings import Count, demand
@@ -137,6 +138,20 @@ def on_mode(centre: Float[Tensor, "d"], radius: float) -> Callable[[Tensor, Sequ
         return ((samples - centre.to(samples)).norm(dim=-1) < radius).to(samples.dtype)
 
     return on_mode
+
+
+def sets_like(mixture: GaussianMixture, component: Int[Tensor, "k"]) -> dict[str, Callable[[], FeatureReward]]:
+    """Rewards of a set: near 500 points of some components of the data, in two ways; diverse, by the distance."""
+
+    def exemplars() -> Tensor:
+        wanted = torch.zeros(500, mixture.num_components).index_fill(1, component, 1.0)
+        return mixture.sample(500, torch.Generator().manual_seed(0), wanted.log())[0]
+
+    return {
+        "like_exemplars": lambda: frechet_to(exemplars()),
+        "mmd_to_exemplars": lambda: mmd_to(exemplars()),
+        "vendi": lambda: vendi(bandwidth=0.5**0.5),
+    }
 
 
 # Worlds -------------------------------------------------------------------------------------------------------------
@@ -288,6 +303,7 @@ def _compass(policies: Callable[..., dict[str, Callable]]) -> GaussianWorld:
             "style": style,
             "styled_gold": styled_gold,
         },
+        set_rewards=sets_like(mixture, torch.tensor([0, 1, 6, 7])),  # right-up and left-down
         default_reward="gold",
         oracle=gold,
         real=real,
@@ -312,6 +328,7 @@ def _ring(
         name="ring",
         policies=policies(mixture, None, "mlp"),
         prompts=["a point"],
+        set_rewards=sets_like(mixture, torch.tensor([0, num_modes // 2])),  # right and left
         rewards={"first_coordinate": first_coordinate, "mode_value": mode_value(modes, values), "on_mode": oracle},
         default_reward="first_coordinate",
         oracle=oracle,

@@ -25,11 +25,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minialign import show as pictures
+from minialign.exemplars import FeatureReward, frechet_to, vendi
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.policies.flow import FlowPolicy
 from minialign.policies.loading import load_whole
-from minialign.rewards import clip_scorer
+from minialign.rewards import clip_embedders, clip_scorer
 from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly, weights_of
 from minialign.worlds.shapes_oracle import UNKNOWN, Objects, facts, graded, inks, oracle, read_objects
 from minialign.worlds.shapes_scenes import (
@@ -76,7 +77,10 @@ __all__ = [
     "held_out_prompts",
     "inks",
     "layouts",
+    "like_red_captions",
+    "like_scenes",
     "load",
+    "load_embedders",
     "load_pipeline",
     "load_scorer",
     "oracle",
@@ -180,6 +184,37 @@ def load_scorer(folder: str | Path | None = None) -> Callable[[Tensor, Sequence[
     return clip_scorer(*load_clip(folder), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
+def load_embedders(folder: str | Path | None = None) -> tuple[Callable, Callable]:
+    """(images -> (n, 32), texts -> (n, 32)): the scorer's one space for both."""
+    return clip_embedders(*load_clip(folder), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def _main_axes(features: Float[Tensor, "n d"], k: int = 8) -> Float[Tensor, "d k"]:
+    return torch.linalg.svd(features - features.mean(0), full_matrices=False)[2][:k].T
+
+
+def like_scenes(folder: str | Path | None = None) -> FeatureReward:
+    """Frechet distance of a set of pictures to 200 rendered scenes of PROMPTS, in the scorer's space.
+
+    Along the scenes' first 8 principal axes, so that sets of some forty will do.
+    """
+    of_images, _ = load_embedders(folder)
+    scenes = render_scenes(list(PROMPTS) * 25, torch.Generator().manual_seed(0))
+    axes = _main_axes(of_images(scenes))
+    return frechet_to(scenes, lambda images: of_images(images) @ axes, name="like_scenes")
+
+
+def like_red_captions(folder: str | Path | None = None) -> FeatureReward:
+    """The same with texts for exemplars: all captions of the grammar that name red things alone, and no picture."""
+    of_images, of_texts = load_embedders(folder)
+    captions = all_prompts("single") + all_prompts("relation") + all_prompts("count")
+    others = [colour for colour in COLOURS if colour != "red"]
+    red = [text for text in captions if "red" in text and not any(colour in text for colour in others)]
+    axes = _main_axes(of_texts(captions))
+    both = (lambda images: of_images(images) @ axes), (lambda texts: of_texts(texts) @ axes)
+    return frechet_to(red, *both, name="like_red_captions")
+
+
 @dataclass(kw_only=True)
 class ShapesWorld(World):
     """`facts(samples, prompts)`: which facts of each prompt hold; `prompts_of` kind ("single", "relation", "count")."""
@@ -226,6 +261,11 @@ def load(
         policies={model: lambda: policy, **others},
         prompts=list(PROMPTS),
         rewards={"graded": graded, "oracle": oracle, "scorer": scorer},
+        set_rewards={
+            "like_scenes": lambda: like_scenes(folder if model == "diffusion" else None),
+            "like_red_captions": lambda: like_red_captions(folder if model == "diffusion" else None),
+            "vendi": lambda: vendi(load_embedders(folder if model == "diffusion" else None)[0]),
+        },
         default_reward="oracle",
         oracle=oracle,
         real=real,

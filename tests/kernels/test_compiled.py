@@ -117,6 +117,10 @@ CASES |= {
     "standardise_heads": (lambda x, m: kernels.standardise_heads(x, m), (VALUE_HEADS[0], VALID)),
     "group_baselines": (lambda x, m, g: kernels.group_baselines(x, m, g), (VALUE_HEADS[0], VALID, GROUP)),
     "clipped_value_loss": (lambda v, o, g: kernels.clipped_value_loss(v, o, g, 0.2), (X, Y, Z)),
+    "denoising_log_ratio": (lambda e, r: kernels.denoising_log_ratio(e, r), (X, Y)),
+    "dpo_loss": (lambda c, r: kernels.dpo_loss(c, r, 0.7), (LOG_P, LOG_Q)),
+    "kto_loss": (lambda u, y, z: kernels.kto_loss(u, y, z, 0.7), (LOG_P, (LOG_Q > 0).double(), LOG_Q[0])),
+    "kto_reference_point": (lambda u: kernels.kto_reference_point(u, 0.7), (LOG_P,)),
 }  # fmt: skip
 Z_SCORES = random(4, 3, seed=7)
 FLAT, VALUES = random(N, 6, seed=8), random(2, 3, seed=9) ** 2

@@ -46,6 +46,9 @@ WRONG = {
     "gae": lambda: k.gae(table, torch.rand(N, N, N), mask),
     "gae mask": lambda: k.gae(table, table, mask[:, :1]),
     "clipped_value_loss": lambda: k.clipped_value_loss(rows, rows, column, 0.2),
+    "denoising_log_ratio": lambda: k.denoising_log_ratio(rows, column),
+    "dpo_loss": lambda: k.dpo_loss(rows, column, 1.0),
+    "kto_loss": lambda: k.kto_loss(rows, column, rows[0], 1.0),
     "explained_variance": lambda: explained_variance(rows, column),
 }
 

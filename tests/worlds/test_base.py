@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from minialign import worlds
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
+from minialign.rewards import checked_set
 from minialign.worlds import assistant, digits, patches, shapes
 from minialign.worlds.base import WEIGHTS, World
 
@@ -114,3 +115,21 @@ def test_a_file_without_one_of_its_weights_is_refused(tmp_path, name, part, load
         (folder / "hashes.json").write_text(json.dumps(hashes))
     with pytest.raises(FileNotFoundError, match=rf"missing are \S*{lost.rpartition('.')[2]}, .*pretrain {name}"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "worse"),
+    [
+        ("ring", {"like_exemplars": (0, 4), "mmd_to_exemplars": (0, 4), "vendi": range(8)}, (2, 6)),
+        ("compass", {"like_exemplars": (0, 1, 6, 7), "mmd_to_exemplars": (0, 1, 6, 7), "vendi": range(8)}, (2, 3)),
+    ],
+)
+def test_rewards_of_a_set_prefer_the_components_that_they_show(name, better, worse):
+    world = worlds.load(name)
+    samples, component = world.mixture.sample(1500, torch.Generator().manual_seed(0))
+    for reward, good in better.items():
+        scores = [
+            float(checked_set(world.set_rewards[reward](), samples[row][:150], ["x"] * 150))
+            for row in (torch.isin(component, torch.tensor(tuple(which))) for which in (good, worse))
+        ]
+        assert scores[0] > scores[1], reward

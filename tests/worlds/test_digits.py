@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from minialign import worlds
 from minialign.measure import frechet_distance
+from minialign.rewards import checked_set
 from minialign.worlds import digits
 from minialign.worlds.base import WEIGHTS
 
@@ -268,3 +269,21 @@ def test_damaged_weights_name_the_command_too(copy, damage):
     weights.write_bytes(damage(weights.read_bytes()))
     with pytest.raises(FileNotFoundError, match=r"does not load.*minialign pretrain digits"):
         digits.load(folder=copy)
+
+
+def test_rewards_of_a_set_prefer_what_their_exemplars_show(world):
+    held_out, labels = digits.data("held_out")
+    ink = held_out.flatten(1).mean(1).argsort()
+    sets = {
+        "like_bold": (held_out[ink[-90:]], held_out[ink[:90]]),
+        "like_3_and_8": (held_out[(labels == 3) | (labels == 8)][:60], held_out[(labels == 0) | (labels == 1)][:60]),
+        "like_real": (held_out[:100], held_out[labels == 0].repeat(4, 1, 1, 1)[:100]),
+        "vendi": (held_out[:100], held_out[labels == 0].repeat(4, 1, 1, 1)[:100]),
+    }
+    assert sets.keys() == world.set_rewards.keys()
+    for name, (better, worse) in sets.items():
+        scores = [float(checked_set(world.set_rewards[name](), x, ["any"] * len(x))) for x in (better, worse)]
+        assert scores[0] > scores[1], name
+    assert digits.in_axes(held_out).shape == (360, 16)
+    spread = digits.in_axes(digits.data("train")[0]).var(0).sum() / digits.data("train")[0].flatten(1).var(0).sum()
+    assert 0.84 < spread < 0.86  # what the docstring says

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minialign import worlds
-from minialign.rewards import checked
+from minialign.rewards import checked, checked_set
 from minialign.worlds import shapes, shapes_oracle, shapes_scenes
 from minialign.worlds.base import WEIGHTS
 
@@ -345,6 +345,30 @@ def test_an_unknown_model_is_refused():
         shapes.load(model="lcm")
     with pytest.raises(FileNotFoundError, match="minialign pretrain shapes_lcm"):
         shapes.load(model="consistency", folder="nowhere")
+
+
+# ---- rewards of a set ------------------------------------------------------------------------------------------------
+
+
+def test_pictures_may_be_held_against_captions():
+    """Red scenes are nearer to red captions than blue ones, though no picture is among the exemplars."""
+    scenes = {
+        colour: shapes.render_scenes([f"a {colour} {shape}" for shape in shapes.SHAPES] * 20, generator)
+        for colour, generator in (("red", torch.Generator().manual_seed(0)), ("blue", torch.Generator().manual_seed(1)))
+    }
+    own = shapes.render_scenes(list(shapes.PROMPTS) * 8, torch.Generator().manual_seed(2))
+    captions, likeness = shapes.like_red_captions(), shapes.like_scenes()
+    near, far = (float(checked_set(captions, x, ["any"] * len(x))) for x in scenes.values())
+    assert near > far + 0.1
+    assert float(checked_set(likeness, own, ["any"] * 64)) > float(checked_set(likeness, scenes["red"], ["any"] * 60))
+
+
+def test_the_embedders_agree_with_the_scorer():
+    prompts = list(shapes.PROMPTS)
+    images = shapes.render_scenes(prompts, torch.Generator().manual_seed(3))
+    of_images, of_texts = shapes.load_embedders()
+    cosine = (of_images(images) * of_texts(prompts)).sum(1)
+    torch.testing.assert_close(cosine, shapes.load_scorer()(images, prompts), atol=1e-5, rtol=0)
 
 
 # ---- damaged weights -------------------------------------------------------------------------------------------------
