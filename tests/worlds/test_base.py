@@ -62,9 +62,9 @@ def test_a_world_may_have_no_policy():
     assert world.rewards["zero"](world.encode(samples), prompts).shape == (3,)
 
 
-def test_shapes_offers_two_kinds():
+def test_shapes_offers_three_kinds():
     world = worlds.load("shapes", num_steps=3)
-    assert list(world.policies) == ["diffusion", "consistency"]
+    assert list(world.policies) == ["diffusion", "consistency", "flow"]
     assert isinstance(world.policy, DiffusionPolicy) and world.policy.num_steps == 3
     twin = world.policies["consistency"]  # as shipped: the settings given were those of the default
     assert isinstance(twin, ConsistencyPolicy) and twin.num_steps == 4
