@@ -102,7 +102,7 @@ RECIPES = {
     ("find_noise", "line"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
     # beta, of errors that are summed: some 220 a pixel, whatever the number of pixels
     ("dragon", "digits"): SWAPS | dict(num_iterations=8, num_prompts=96, num_updates=8, minibatch_size=64, beta=3.5),
-    ("dragon", "shapes"): SWAPS | dict(num_iterations=12, num_prompts=48, num_updates=6, minibatch_size=32, beta=0.9),
+    ("dragon", "shapes"): SWAPS | dict(num_iterations=6, num_prompts=32, num_updates=5, minibatch_size=24, beta=0.9),
     ("dragon", "compass"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
     ("dragon", "ring"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),

@@ -75,8 +75,10 @@ __all__ = [
     "graded",
     "grammar",
     "held_out_prompts",
+    "ink_share",
     "inks",
     "layouts",
+    "like_large",
     "like_red_captions",
     "like_scenes",
     "load",
@@ -193,6 +195,18 @@ def _main_axes(features: Float[Tensor, "n d"], k: int = 8) -> Float[Tensor, "d k
     return torch.linalg.svd(features - features.mean(0), full_matrices=False)[2][:k].T
 
 
+def ink_share(samples: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1"]:
+    """How much of each picture belongs to an ink, in percent: the size of its objects."""
+    return 100 * inks(samples)[1][:, : len(COLOURS)].any(1).float().mean((1, 2)).unsqueeze(1)
+
+
+def like_large() -> FeatureReward:
+    """Frechet distance of a set's `ink_share` to that of the quarter of 320 scenes of PROMPTS with most ink."""
+    scenes = render_scenes(list(PROMPTS) * 40, torch.Generator().manual_seed(0))
+    large = scenes[ink_share(scenes)[:, 0].topk(len(scenes) // 4).indices]
+    return frechet_to(large, ink_share, name="like_large")
+
+
 def like_scenes(folder: str | Path | None = None) -> FeatureReward:
     """Frechet distance of a set of pictures to 200 rendered scenes of PROMPTS, in the scorer's space.
 
@@ -262,6 +276,7 @@ def load(
         prompts=list(PROMPTS),
         rewards={"graded": graded, "oracle": oracle, "scorer": scorer},
         set_rewards={
+            "like_large": like_large,
             "like_scenes": lambda: like_scenes(folder if model == "diffusion" else None),
             "like_red_captions": lambda: like_red_captions(folder if model == "diffusion" else None),
             "vendi": lambda: vendi(load_embedders(folder if model == "diffusion" else None)[0]),

@@ -360,6 +360,9 @@ def test_pictures_may_be_held_against_captions():
     captions, likeness = shapes.like_red_captions(), shapes.like_scenes()
     near, far = (float(checked_set(captions, x, ["any"] * len(x))) for x in scenes.values())
     assert near > far + 0.1
+    by_size = own[shapes.ink_share(own)[:, 0].argsort()]
+    large, small = (float(checked_set(shapes.like_large(), x, ["any"] * 16)) for x in (by_size[-16:], by_size[:16]))
+    assert large > -5 and small < -50  # squared per cent: the collection is 20 % ink, the smallest are 8
     assert float(checked_set(likeness, own, ["any"] * 64)) > float(checked_set(likeness, scenes["red"], ["any"] * 60))
 
 
