@@ -105,7 +105,7 @@ def test_ctrl_c_saves_what_was_learned_and_resume_goes_on(tmp_path, which):
         (["ddpo", "--world", "compass", "--set", "eta=0"], "eta = 0"),
         (["ddpo", "--world", "compass", "--set", "num_minibatches=999"], "more than the 256 samples"),
         (["ppo", "--world", "shapes"], "language policies) does not run in world 'shapes': assistant, tokens."),
-        (["ddpo", "--world", "assistant"], "diffusion policies) does not run in world 'assistant': shapes"),
+        (["ddpo", "--world", "assistant"], "diffusion or flow policies) does not run in world 'assistant': shapes"),
         (["reward_model", "--world", "tokens"], "learns a reward; language policies) does not run in world 'tokens'"),
         (["teleport", "--steps", "3"], "teleport has no num_iterations"),
         (["teleport", "--world", "line", "--reward", "gold"], "teleport takes no reward"),

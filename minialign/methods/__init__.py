@@ -85,15 +85,15 @@ CATALOGUE = {
         ),
         Method(
             name="ddpo", title="DDPO", authors="Black et al.", year=2023, arxiv="2305.13301", chapter="10",
-            kind="trains", policies=("diffusion",), world="shapes", claims=("ddpo",),
+            kind="trains", policies=("diffusion", "flow"), world="shapes", claims=("ddpo",),
         ),
         Method(
             name="rwr", title="Reward-weighted regression", authors="Black et al.", year=2023, arxiv="2305.13301",
-            chapter="10", kind="trains", policies=("diffusion",), world="shapes", claims=(),
+            chapter="10", kind="trains", policies=("diffusion", "flow"), world="shapes", claims=(),
         ),
         Method(
             name="b2diffurl", title="B2-DiffuRL", authors="Hu et al.", year=2025, arxiv="2503.11240", chapter="11",
-            kind="trains", policies=("diffusion",), world="shapes", claims=("b2diffurl", "b2diffurl_shapes"),
+            kind="trains", policies=("diffusion", "flow"), world="shapes", claims=("b2diffurl", "b2diffurl_shapes"),
         ),
         Method(
             name="rlcm", title="RLCM", authors="Oertell et al.", year=2024, arxiv="2404.03673", chapter="12",
@@ -110,7 +110,7 @@ CATALOGUE = {
         ),
         Method(
             name="prdp", title="PRDP", authors="Deng et al.", year=2024, arxiv="2402.08714", chapter="14",
-            kind="trains", policies=("diffusion",), world="crowd", claims=("prdp",),
+            kind="trains", policies=("diffusion", "flow"), world="crowd", claims=("prdp",),
         ),
         Method(
             name="find_noise", title="FIND", authors="Chen et al.", year=2024, arxiv="2407.19453", chapter="15",
@@ -122,7 +122,7 @@ CATALOGUE = {
         ),
         Method(
             name="dragon", title="DRAGON", authors="Bai et al.", year=2025, arxiv="2504.15217", chapter="17",
-            kind="trains", policies=("diffusion",), world="digits", claims=("dragon", "dragon_rewards"),
+            kind="trains", policies=("diffusion", "flow"), world="digits", claims=("dragon", "dragon_rewards"),
         ),
         Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
@@ -138,7 +138,7 @@ CATALOGUE = {
         ),
         Method(
             name="constrained", title="Constrained RLHF", authors="Moskovitz et al.", year=2023, arxiv="2310.04373",
-            chapter="52", kind="trains", policies=("language", "diffusion", "consistency"), world="tokens",
+            chapter="52", kind="trains", policies=("language", "diffusion", "consistency", "flow"), world="tokens",
             claims=("constrained", "constrained_assistant"), several_rewards=True,
         ),
     )
