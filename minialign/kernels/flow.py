@@ -29,7 +29,7 @@ def add_flow_noise(
 def flow_diffusion(
     t: Float[Tensor, "*any"], noise_level: float | int, schedule: NoiseSchedule, t_second: Float[Tensor, ""]
 ) -> Float[Tensor, "*any"]:
-    """s_t, the noise that the SDE adds per root of time. "flow_grpo": a sqrt(t / (1 - t)), Flow-GRPO eq. 9 with
+    """s_t, the noise that the SDE adds per root of time. "flow_grpo": a sqrt(t / (1 - t)), Flow-GRPO's, with
     a = noise_level; at t = 1 the denominator takes the grid's second level `t_second`, the numerator stays.
     "constant": eta = noise_level, DanceGRPO.
     """
@@ -52,7 +52,7 @@ def flow_step(
     """x_t -> x_{t'}: N(x + v dt - s^2 / 2 score dt, s^2 |dt| I) with dt = t' - t < 0 and s = diffusion, (batch,).
 
     The score's term pays back what the noise spreads, so that in the limit of small steps every x_t has the marginal
-    that the ODE gives it (Flow-GRPO eq. 8). s = 0 is Euler's step of the ODE; log_prob is then nan or inf. Scores
+    that the ODE gives it (Flow-GRPO). s = 0 is Euler's step of the ODE; log_prob is then nan or inf. Scores
     `next` when it is given, else samples with `noise`; `StepOut` says where gradients flow.
     """
     state, velocity = at_least_float32(state), at_least_float32(velocity)

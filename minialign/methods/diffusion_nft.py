@@ -4,10 +4,10 @@ Flow-GRPO needs an SDE and the density of its steps. DiffusionNFT needs neither:
 them again, and regress a velocity. The rewards say how far each sample is a good one (r) and how far a bad one (1 - r);
 good ones pull the velocity towards themselves, bad ones pull its mirror image, through the same network.
 
-    r = 1/2 + clip((R - mean_prompt) / Z, -1, 1) / 2, eq. 4 and the code                    optimality
-    v+ = (1 - b) v_old + b v_theta,  v- = (1 + b) v_old - b v_theta, eq. 5                  implicit_velocities
+    r = 1/2 + clip((R - mean_prompt) / Z, -1, 1) / 2                                        optimality
+    v+ = (1 - b) v_old + b v_theta,  v- = (1 + b) v_old - b v_theta                         implicit_velocities
     r |v+ - v|^2 + (1 - r) |v- - v|^2 at x_t = (1 - t) x_0 + t noise, v = noise - x_0       contrastive_loss
-    optimum v_old + (2 / b) Cov(r, v | x_t), theorem 3.2                                    the tests
+    optimum v_old + (2 / b) Cov(r, v | x_t)                                                 the tests
     theta_old <- eta theta_old + (1 - eta) theta after each round                           Old.follow
 
 The paper writes velocities. Its code compares the denoised guesses x_t - t v, each error divided by its own size

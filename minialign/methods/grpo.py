@@ -5,10 +5,10 @@ PPO needs a critic. GRPO draws several samples of one prompt and lets the group 
 baseline, its spread the unit. A flow is sampled by an ODE, which neither explores nor has a density, so both papers
 walk an SDE that has the ODE's marginals and treat its steps as actions, as DDPO does; the rest is PPO's clipped loss.
 
-    A = (R - mean_group) / (std_group + 1e-6), GRPO eq. 3                          advantages_of
-    the ODE turned SDE, Flow-GRPO eq. 8 and 9, DanceGRPO eq. 12                    policies.flow, kernels.flow_step
+    A = (R - mean_group) / (std_group + 1e-6), GRPO                                advantages_of
+    the ODE turned SDE, with Flow-GRPO's noise or DanceGRPO's                      policies.flow, kernels.flow_step
     max(-A rho, -A clip(rho, 1 - c, 1 + c)), all steps but the last                transition_loss
-    KL of a step = |mean - mean_ref|^2 / (2 s^2 |dt|), Flow-GRPO section 4.2       policy.step_kl
+    KL of a step = |mean - mean_ref|^2 / (2 s^2 |dt|), Flow-GRPO                   policy.step_kl
     the best and the worst of a group alone (DanceGRPO, video)                     extremes
 
 Settings make the papers: Flow-GRPO is the default, with beta = .04 for its strict rewards. DanceGRPO is
@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minialign.kernels import StepOut, clipped_surrogate, group_advantages, means
+from minialign.kernels import StepOut, clipped_surrogate, group_advantages, group_ranks, means
 from minialign.loop import Run, Step, check_policy, reward_metrics
 from minialign.methods.ddpo import chosen_steps, clip_range_of
 from minialign.rewards import checked
@@ -80,16 +80,10 @@ def advantages_of(
 def extremes(
     rewards: Float[Tensor, "batch"], group: Int[Tensor, "batch"], best_of: int, tiebreak: Float[Tensor, "batch"]
 ) -> Bool[Tensor, "batch"]:
-    """True for the best and the worst best_of / 2 of each group; ties go by `tiebreak`. Larger groups only."""
-    order = torch.argsort(tiebreak)
-    order = order[torch.argsort(rewards[order], stable=True)]
-    order = order[torch.argsort(group[order], stable=True)]  # by group, then reward, then chance
-    count = torch.zeros_like(group).index_add(0, group, torch.ones_like(group))
-    first = count.cumsum(0) - count
-    places = torch.arange(len(group), device=group.device) - first[group[order]]
-    rank = torch.empty_like(group).index_copy(0, order, places)
-    half = best_of // 2
-    return (rank < half) | (rank >= count[group] - half)
+    """True for the best and the worst best_of / 2 of each group; ties go by `tiebreak`. Groups of best_of or more."""
+    size = torch.zeros_like(group).index_add(0, group, torch.ones_like(group))[group]
+    rank, half = group_ranks(rewards, group, tiebreak), best_of // 2
+    return (rank < half) | (rank >= size - half)
 
 
 def step_kl(policy, out: StepOut, states: Tensor, step: Tensor, condition, config: Config) -> Tensor:

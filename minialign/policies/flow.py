@@ -122,7 +122,7 @@ class FlowPolicy(Policy):
         """Chooses the time grid, S steps from t = 1 to t = 0, shifted as the scheduler says."""
         demand(Count, num_steps=num_steps)
         self.num_steps = num_steps
-        self._set_levels(self._grid(num_steps))
+        self._set_levels(1000 * self._grid(num_steps)[:-1].double())
 
     def _grid(self, num_steps: int) -> Tensor:
         """t of a grid, (S + 1,), by the scheduler's own set_timesteps; where the scheduler is."""
@@ -132,20 +132,18 @@ class FlowPolicy(Policy):
         return self.scheduler.sigmas
 
     def _set_levels(self, timesteps: Tensor) -> None:
-        """timesteps: t of the grid, (S + 1,); what the network takes, and `timesteps` holds, is 1000 of it."""
+        """timesteps: what the network takes at the start of each step, 1000 t, (S,); the last step ends at t = 0.
+
+        `levels` are their t, `diffusion` their s_t, both (S,).
+        """
         parameter = next(self.network.parameters())
         self.device, self.state_dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
-        self._t = timesteps.to(self.device, self.state_dtype)
-        self.timesteps = 1000 * self._t[:-1]
-        self._diffusion = flow_diffusion(self._t[:-1], self.noise_level, self.noise_schedule, self._t[1])
+        self.timesteps = timesteps.to(self.device, self.state_dtype)
+        self._t = torch.cat([self.timesteps / 1000, self.timesteps.new_zeros(1)])
+        self.levels = self._t[:-1]
+        self.diffusion = flow_diffusion(self.levels, self.noise_level, self.noise_schedule, self._t[1])
         if self.deterministic_last:
-            self._diffusion[-1] = 0
-
-    def to(self, device: torch.device | str) -> "FlowPolicy":
-        levels = self._t
-        super().to(device)
-        self._set_levels(levels)
-        return self
+            self.diffusion[-1] = 0
 
     @property
     def num_actions(self) -> int:
@@ -153,19 +151,9 @@ class FlowPolicy(Policy):
         return self.num_steps - self.deterministic_last
 
     @property
-    def levels(self) -> Tensor:
-        """t at the start of each step, (S,)."""
-        return self._t[:-1]
-
-    @property
-    def diffusion(self) -> Tensor:
-        """s_t of each step, (S,)."""
-        return self._diffusion
-
-    @property
     def std(self) -> Tensor:
         """s_t sqrt(|dt|) of each step, (S,)."""
-        return self._diffusion * (self._t[:-1] - self._t[1:]).sqrt()
+        return self.diffusion * (self._t[:-1] - self._t[1:]).sqrt()
 
     def check_density(self) -> None:
         """Raises ValueError if no step adds noise: the ODE's steps have no log-probability."""
@@ -188,7 +176,7 @@ class FlowPolicy(Policy):
         """The transition that follows from a velocity already at hand; no network evaluation."""
         step = torch.as_tensor(step, device=self.device)
         t, t_next, diffusion = (
-            level.expand(len(states)) for level in (self._t[step], self._t[step + 1], self._diffusion[step])
+            level.expand(len(states)) for level in (self._t[step], self._t[step + 1], self.diffusion[step])
         )
         return flow_step(
             output, states.to(self.state_dtype), t, t_next, diffusion, reduction=reduction, next=next, noise=noise
@@ -262,10 +250,6 @@ class AsVelocity(nn.Module):
         super().__init__()
         self.network, self.prediction_type = network, prediction_type
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone())
-
-    @property
-    def config(self):
-        return self.network.config
 
     def forward(self, x: Tensor, t: Tensor, **inputs) -> Tensor:
         alpha_bar, scale = variance_preserving_of(t / 1000)

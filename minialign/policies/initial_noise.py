@@ -19,22 +19,10 @@ from minialign.kernels import diagonal_log_prob, standard_normal_kl
 from minialign.statistics import key_of
 
 LAWS = "initial_noise.safetensors"
-SAMPLER = (
-    "num_steps",
-    "eta",
-    "guidance_scale",
-)  # what a law was learned for
+SAMPLER = ("num_steps", "eta", "guidance_scale")  # what a law was learned for
 SHARED = (
-    "network",
-    "num_steps",
-    "timesteps",
-    "latent_shape",
-    "state_dtype",
-    "device",
-    "encode",
-    "draw_noise",
-    "decode",
-)
+    "network", "num_steps", "timesteps", "latent_shape", "state_dtype", "device", "encode", "draw_noise", "decode",
+)  # fmt: skip
 
 
 class NoisePolicy:

@@ -96,7 +96,7 @@ def verdict(runs: list[dict]) -> dict:
     gap = paired_difference(column(short, "after"), column(long, "after"))
     bars.append(bar("oracle at the end, 4 training steps minus 8", gap, "> -.05", gap.mean > -0.05))
     share = sum(spent(short)) / sum(spent(long))
-    bars.append(bar("network evaluations, 4 training steps over 8", share, "< .6", share < 0.6))
+    bars.append(bar("network evaluations, 4 training steps over 8", share, "< .6", share < 0.6, claimed=False))
     hacked = paired_difference(column("proxy", "after", "scorer"), column("proxy", "before", "scorer"))
     bars.append(bar("scorer gained by training on it", hacked, "> 2 s.e.", hacked.mean > 2 * hacked.standard_error))
     kept = paired_difference(column(leash, "after"), column("proxy", "after"))

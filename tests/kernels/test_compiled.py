@@ -12,7 +12,18 @@ import torch
 
 from minialign import kernels
 from minialign.kernels import Level
-from minialign.methods import b2diffurl, consistency_distillation, find_noise, par, prdp, reward_model, rlcm, teleport
+from minialign.methods import (
+    b2diffurl,
+    consistency_distillation,
+    diffusion_nft,
+    find_noise,
+    grpo,
+    par,
+    prdp,
+    reward_model,
+    rlcm,
+    teleport,
+)
 
 N = 5
 
@@ -141,6 +152,13 @@ CASES |= {
 PATHS = tuple(random(2, 3, 4, seed=s) for s in (31, 32, 33))
 LSC, REFERENCES = par.Config("lsc"), random(N, 4, seed=13)
 KERNELS_OF_METHODS = {
+    "grpo.advantages_of": (lambda r, g: grpo.advantages_of(r, g, "batch", 5.0), (REWARDS, GROUP)),
+    "grpo.extremes": (lambda r, g, u: grpo.extremes(r, g, 2, u), (REWARDS, GROUP, LOG_P)),
+    "diffusion_nft.optimality": (lambda r, g: diffusion_nft.optimality(r, g, 5.0), (REWARDS, GROUP)),
+    "diffusion_nft.contrastive_loss": (
+        lambda v, o, x, t, r: diffusion_nft.contrastive_loss(v, o, x, t, Z, Z + 1, r, 0.5, "adaptive"),
+        (X, Y, Z, A, A_NEXT),
+    ),
     "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
     "b2diffurl.select_extremes": (lambda z: b2diffurl.select_extremes(z, 0.5, -0.5), (Z_SCORES,)),
     "prdp.differences": (lambda x: prdp.differences(x), (Z_SCORES,)),

@@ -58,7 +58,7 @@ class TestAdvantages:
         rewards = torch.tensor([3.0, 1.0, 2.0, 0.0, 5.0, 5.0, 5.0, 9.0])
         group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
         chosen = grpo.extremes(rewards, group, 2, torch.tensor([0.0, 0, 0, 0, 0.5, 0.1, 0.9, 0.3]))
-        assert chosen.nonzero().flatten().tolist() == [0, 3, 5, 7]
+        assert chosen.nonzero().flatten().tolist() == [0, 3, 6, 7]
         assert grpo.extremes(rewards, group, 4, torch.rand(8)).all()
 
 
