@@ -9,7 +9,6 @@ same machine and torch.
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from minialign.policies.language import LanguagePolicy
 from minialign.pretrain.formats import save_tokenizer
+from minialign.pretrain.whole import whole
 from minialign.worlds import assistant
 from minialign.worlds.base import quietly
 
@@ -162,12 +162,7 @@ def main(out: str | Path, seed: int = 0, recipe: Recipe = Recipe(), report=print
     """Trains, samples, measures, and writes model, tokenizer, answers and README.md into `out`, all or nothing."""
     from safetensors.torch import save_file
 
-    out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    try:
+    with whole(out) as partial:
         start = time.process_time()
         network = train(recipe, seed, report)
         with quietly():
@@ -176,17 +171,11 @@ def main(out: str | Path, seed: int = 0, recipe: Recipe = Recipe(), report=print
         save_file({"tokens": sample_answers(network, recipe.num_answers, seed + 1)}, partial / "answers.safetensors")
         figures = evaluate(network, partial)
         seconds = time.process_time() - start
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
-    (partial / "generation_config.json").unlink(missing_ok=True)  # it says nothing that config.json does not
-    names = ("model.safetensors", "answers.safetensors")
-    sums = {name: hashlib.sha256((partial / name).read_bytes()).hexdigest() for name in names}
-    num_parameters = sum(p.numel() for p in network.parameters())
-    (partial / "README.md").write_text(card(recipe, seed, figures, num_parameters, seconds, sums), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+        (partial / "generation_config.json").unlink(missing_ok=True)  # it says nothing that config.json does not
+        names = ("model.safetensors", "answers.safetensors")
+        sums = {name: hashlib.sha256((partial / name).read_bytes()).hexdigest() for name in names}
+        num_parameters = sum(p.numel() for p in network.parameters())
+        (partial / "README.md").write_text(card(recipe, seed, figures, num_parameters, seconds, sums), encoding="utf-8")
     assistant.answers.cache_clear()
     for name, value in figures.items():
         report(f"{name}: {value:.4f}")

@@ -8,7 +8,6 @@ the same machine and torch.
 import hashlib
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from minialign.measure import frechet_distance
 from minialign.policies.diffusion import DiffusionPolicy
+from minialign.pretrain.whole import whole
 from minialign.worlds import digits
 from minialign.worlds.gaussian import scheduler
 
@@ -167,27 +167,18 @@ Digits" (Alpaydin and Kaynak, 1998, UCI Machine Learning Repository). Trained on
 
 def main(out: str | Path, seed: int = 0, recipe: Recipe = Recipe(), report=print) -> dict[str, float]:
     """Trains, measures, and writes unet/, scheduler/ and README.md into `out`, all or nothing; returns the figures."""
-    out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    try:
+    with whole(out) as partial:
         start = time.process_time()
         network = train(recipe, seed, report)
         figures = evaluate(network)
         seconds = time.process_time() - start
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
-    network.save_pretrained(partial / "unet")
-    scheduler().save_pretrained(partial / "scheduler")
-    sha256 = hashlib.sha256((partial / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    num_parameters = sum(p.numel() for p in network.parameters())
-    (partial / "README.md").write_text(card(recipe, seed, figures, num_parameters, seconds, sha256), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+        network.save_pretrained(partial / "unet")
+        scheduler().save_pretrained(partial / "scheduler")
+        sha256 = hashlib.sha256((partial / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        num_parameters = sum(p.numel() for p in network.parameters())
+        (partial / "README.md").write_text(
+            card(recipe, seed, figures, num_parameters, seconds, sha256), encoding="utf-8"
+        )
     for name, value in figures.items():
         report(f"{name}: {value:.4f}")
     return figures

@@ -10,7 +10,6 @@ machine.
 import hashlib
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from minialign.measure import frechet_distance
 from minialign.policies.flow import FlowPolicy
 from minialign.pretrain.formats import save_flow_pipeline
 from minialign.pretrain.shapes_models import tokenizer
+from minialign.pretrain.whole import whole
 from minialign.worlds import digits
 
 CONTEXT = 4  # tokens of a prompt: start, the word, end, padding
@@ -219,27 +219,18 @@ max_sequence_length={digits.T5_TOKENS})`: as many zeros stood for the third text
 
 def main(out: str | Path, seed: int = 0, recipe: Recipe = Recipe(), report=print) -> dict[str, float]:
     """Trains, measures, and writes a StableDiffusion3Pipeline and README.md into `out`, all or nothing; the figures."""
-    out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    try:
+    with whole(out) as partial:
         start = time.process_time()
         pipe = train(recipe, seed, report)
         save_flow_pipeline(pipe, partial)
         figures = evaluate(digits.load_flow_pipeline(partial))
         seconds = time.process_time() - start
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
-    weights = partial / "transformer" / "diffusion_pytorch_model.safetensors"
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    num_parameters = sum(p.numel() for p in pipe.transformer.parameters())
-    (partial / "README.md").write_text(card(recipe, seed, figures, num_parameters, seconds, sha256), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+        weights = partial / "transformer" / "diffusion_pytorch_model.safetensors"
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+        num_parameters = sum(p.numel() for p in pipe.transformer.parameters())
+        (partial / "README.md").write_text(
+            card(recipe, seed, figures, num_parameters, seconds, sha256), encoding="utf-8"
+        )
     for name, value in figures.items():
         report(f"{name}: {value:.4f}")
     return figures

@@ -8,7 +8,6 @@ noise level (history.json). One thread and a fixed seed: the same bytes again on
 import hashlib
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from minialign.kernels import edm_scalings, expand_as
 from minialign.measure import frechet_distance
 from minialign.policies.edm import EDMDenoiser
+from minialign.pretrain.whole import whole
 from minialign.worlds import digits, patches
 
 SIGMA_DATA = 0.5
@@ -215,12 +215,7 @@ history.json holds the same at steps {", ".join(map(str, history))} of training.
 
 def main(out: str | Path, seed: int = 0, recipe: Recipe = Recipe(), report=print, *, name: str) -> dict[str, float]:
     """Trains, measures, and writes unet/, scheduler/, history.json and README.md into `out`, all or nothing."""
-    out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    try:
+    with whole(out) as partial:
         start = time.process_time()
         network, snapshots = train(name, recipe, seed, report)
         history, best = {}, network.state_dict()
@@ -231,19 +226,13 @@ def main(out: str | Path, seed: int = 0, recipe: Recipe = Recipe(), report=print
         network = network.half().float()  # as it will be stored
         figures = evaluate(name, network)
         seconds = time.process_time() - start
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
-    network.half().save_pretrained(partial / "unet")
-    patches.scheduler().save_pretrained(partial / "scheduler")
-    (partial / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
-    sha = hashlib.sha256((partial / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    size = sum(p.numel() for p in network.parameters())
-    text = card(name, recipe, seed, figures, history, size, seconds, sha)
-    (partial / "README.md").write_text(text, encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+        network.half().save_pretrained(partial / "unet")
+        patches.scheduler().save_pretrained(partial / "scheduler")
+        (partial / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
+        sha = hashlib.sha256((partial / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        size = sum(p.numel() for p in network.parameters())
+        text = card(name, recipe, seed, figures, history, size, seconds, sha)
+        (partial / "README.md").write_text(text, encoding="utf-8")
     for key, value in figures.items():
         report(f"{key}: {value:.4f}")
     return figures

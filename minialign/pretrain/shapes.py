@@ -18,7 +18,6 @@ leaves a base model which draws clean objects and is unsure where to put them: t
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -39,6 +38,7 @@ from minialign.pretrain.shapes_models import (
     token_ids,
     tokenizer,
 )
+from minialign.pretrain.whole import whole
 from minialign.worlds import shapes
 
 # (steps, eta, guidance_scale) of the card's table; the first is the world's default
@@ -347,25 +347,15 @@ def main(out: str | Path, seed: int = 0, recipe: Recipe = Recipe(), report: Call
 
     Deterministic for a seed, a torch version and a kind of processor. Returns the facts that the card tells.
     """
-    out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    start, state, threads = time.perf_counter(), torch.get_rng_state(), torch.get_num_threads()
-    torch.manual_seed(seed)  # weight initialisation
-    torch.set_num_threads(recipe.num_threads)
-    try:
+    start = time.perf_counter()
+    with whole(out, recipe.num_threads) as partial:
+        torch.manual_seed(seed)  # weight initialisation
         facts = _train_all(partial, torch.Generator().manual_seed(seed), recipe, report)
-    finally:
-        torch.set_rng_state(state)
-        torch.set_num_threads(threads)
-    facts["oracle"] = oracle_exactness(recipe.num_exact, seed + 1)
-    facts["base"] = evaluate_base(partial, recipe, seed + 1)
-    facts["seconds"] = time.perf_counter() - start
-    text = card(facts, recipe, seed, json.loads((partial / "hashes.json").read_text(encoding="utf-8")))
-    (partial / "README.md").write_text(text, encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+        facts["oracle"] = oracle_exactness(recipe.num_exact, seed + 1)
+        facts["base"] = evaluate_base(partial, recipe, seed + 1)
+        facts["seconds"] = time.perf_counter() - start
+        text = card(facts, recipe, seed, json.loads((partial / "hashes.json").read_text(encoding="utf-8")))
+        (partial / "README.md").write_text(text, encoding="utf-8")
     report(f"wrote {out} in {facts['seconds']:.0f} s")
     return facts
 

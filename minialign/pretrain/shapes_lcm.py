@@ -12,7 +12,6 @@ Rounding to half precision between the phases makes phase 2 the same whether it 
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.pretrain import shapes as pretrain_shapes
 from minialign.pretrain.formats import save_pipeline
+from minialign.pretrain.whole import whole
 from minialign.worlds import shapes
 
 
@@ -211,38 +211,28 @@ def main(
     first_phase: Path | None = None,
 ) -> list:
     """Distils, measures, and writes the pipeline and its card into `out`, all or nothing; returns the card's rows."""
-    out = Path(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    start, state, threads = time.perf_counter(), torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(recipe.num_threads)
-    try:
+    start = time.perf_counter()
+    with whole(out, recipe.num_threads) as partial:
         teacher = shapes.load(num_steps=8).policy
         student = distil(teacher, recipe, seed, first_phase)
         seconds = time.perf_counter() - start
         table = list(rows(teacher, student, recipe.num_samples))
-    finally:
-        torch.set_rng_state(state)
-        torch.set_num_threads(threads)
-    student.scheduler.set_timesteps(4)
-    pipe = pipeline(teacher, student)
-    save_pipeline(pipe, partial)
-    student.network.half().save_pretrained(partial / "unet")
-    for config in partial.rglob(
-        "config.json"
-    ):  # diffusers notes where a module was loaded from: nobody else's business
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        settings.pop("_name_or_path", None)
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    files = sorted(partial.rglob("*.safetensors"))
-    hashes = {p.relative_to(partial).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    (partial / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-    num_parameters = sum(p.numel() for p in student.network.parameters())
-    text = card(table, recipe, seed, seconds, num_parameters, hashes)
-    (partial / "README.md").write_text(text, encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+        student.scheduler.set_timesteps(4)
+        pipe = pipeline(teacher, student)
+        save_pipeline(pipe, partial)
+        student.network.half().save_pretrained(partial / "unet")
+        for config in partial.rglob(
+            "config.json"
+        ):  # diffusers notes where a module was loaded from: nobody else's business
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            settings.pop("_name_or_path", None)
+            config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        files = sorted(partial.rglob("*.safetensors"))
+        hashes = {p.relative_to(partial).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+        (partial / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+        num_parameters = sum(p.numel() for p in student.network.parameters())
+        text = card(table, recipe, seed, seconds, num_parameters, hashes)
+        (partial / "README.md").write_text(text, encoding="utf-8")
     for name, steps, found in table:
         report(f"{name}, {steps} calls: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
     return table
