@@ -159,7 +159,7 @@ ATTACKS = {
     "raises its limits": (
         "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, resource.RLIM_INFINITY))", "wrong", "",
     ),
-    "answers too much": ("import torch\n" + BODY + "    return torch.zeros(3_000_000)", "stopped", "was not taken"),
+    "answers too much": ("import torch\n" + BODY + "    return torch.zeros(600_000)", "stopped", "was not taken"),
     "answers with itself": (BODY + "    out = []\n    out.append(out)\n    return out", "wrong", "RecursionError"),
     "answers with a deep list": (
         BODY + "    out = []\n    for _ in range(500):\n        out = [out]\n    return out", ANY, "",
@@ -525,7 +525,9 @@ def fill(template, name, scratch, port=9):
 
 # ---------------------------------------------------------------------------------- one class, graded in either sandbox
 
-QUICK = Limits(seconds=1, wall=4)  # wall time is for those that sleep; on a busy machine it must not stop the others
+# Wall time is for those that sleep: on a busy machine it must not stop the others. Two megabytes of output, so that who
+# answers too much is stopped for that, and not for the processor's seconds that packing it takes.
+QUICK = Limits(seconds=1, wall=4, output=2 << 20)
 
 
 def no_bubblewrap():
@@ -1002,7 +1004,7 @@ import sys
 from pathlib import Path
 from minialign.course.grader import grade
 submissions, out, kind, seed = sys.argv[1:]
-limits = grade.Limits(seconds={seconds}, wall={wall})
+limits = grade.Limits(**{limits!r})
 options = dict(isolation=kind, limits=limits, seed=seed or None, jobs={jobs})
 grade.grade_all(Path(submissions), Path(out), Path({notebooks!r}), **options)
 """
@@ -1010,7 +1012,7 @@ grade.grade_all(Path(submissions), Path(out), Path({notebooks!r}), **options)
 
 def start(folder, out, kind, scratch, seed, limits=QUICK, jobs=None):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
-    script = SCRIPT.format(notebooks=str(ROOT / "notebooks"), jobs=jobs, **asdict(limits))
+    script = SCRIPT.format(notebooks=str(ROOT / "notebooks"), jobs=jobs, limits=asdict(limits))
     command = [sys.executable, "-c", script, str(folder), str(out), kind, seed]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)  # the package is imported from here
