@@ -74,7 +74,7 @@ def policy_trial(
         before_after(world, before, after, folder / "before_after.png", title)
         if rows:
             figure = training_curve(rows, None if shaped else before["reward"])
-            show.save(figure, folder / "curves.png", "reward over training")
+            show.save(figure, folder / "curves.png", "over training")
 
     several = {f"reward_{i}": f"reward {name!r}" for i, name in enumerate(rewards)} if len(rewards) > 1 else {}
     labels = {
@@ -157,6 +157,12 @@ def before_after(
 
 
 def training_curve(rows: list[dict], baseline: float | None):
+    """Of the reward; where no sample is drawn in training, of the share of pairs that are ordered as labelled."""
+    if "reward" not in rows[0]:
+        return show.curves(
+            {"accuracy": [row["accuracy"] for row in rows]}, [row["comparisons"] for row in rows],
+            xlabel="comparisons", ylabel="pairs ordered as labelled", baseline=0.5, title="Accuracy over training",
+        )  # fmt: skip
     queries = [row["reward_queries"] for row in rows]
     return show.curves(
         {"reward": [row["reward"] for row in rows]}, queries, xlabel="reward queries",

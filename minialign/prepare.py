@@ -6,12 +6,13 @@ import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from minialign import recipes
 from minialign.methods import CATALOGUE, Method
-from minialign.settings import Count, Fraction, Natural, NonNegative, annotations, parse
+from minialign.settings import Count, Fraction, Natural, NonNegative, Positive, annotations, parse
 
 
 class UserError(Exception):
@@ -39,8 +40,13 @@ def worlds_of(method: Method) -> list[str]:
     return [
         world
         for world, kinds in recipes.WORLDS.items()
-        if set(method.policies) & set(kinds) and (method.kind == "trains" or (method.name, world) in recipes.RECIPES)
+        if set(method.policies) & set(kinds) and (trains_in(method, world) or (method.name, world) in recipes.RECIPES)
     ]
+
+
+def trains_in(method: Method, world: str) -> bool:
+    """Whether it needs no more than a policy there, or pairs of its samples."""
+    return method.kind == "trains" or (method.kind == "learns from pairs" and world in recipes.PAIRS)
 
 
 def policy_kind(method: Method, world: str) -> str:
@@ -64,7 +70,11 @@ WORLD_SETTINGS = {
     "guidance_scale": NonNegative,
     "lora_rank": Natural,
     "kind": str,
+    "num_pairs": Count,
+    "labels": Literal["reward", "bradley_terry"],
+    "label_scale": Positive,
 }
+TRAINABLE_OR_DATA = ("lora_rank", "num_pairs", "labels", "label_scale")  # what says nothing of sampling
 
 
 class Chosen(NamedTuple):
@@ -80,6 +90,8 @@ def settings(method: Method, world: str, assignments: list[str], steps: int | No
     kinds = [method.module.Config, *([CATALOGUE[method.loop].module.Config] if method.loop else [])]
     fields = {name: annotation for kind in kinds for name, annotation in annotations(kind).items()}
     of_world = dict(recipes.WORLDS[world][policy_kind(method, world)])
+    if method.kind == "learns from pairs":
+        of_world |= recipes.PAIRS[world]
     chosen = dict(recipes.RECIPES.get((method.name, world), {}))
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
@@ -110,7 +122,7 @@ def load_world(name: str, kind: str, settings: dict[str, Any]):
     """The world with its policy of that kind, sampled as the settings say; distilled now where it ships none."""
     from minialign import worlds
 
-    sampler = {name: value for name, value in settings.items() if name != "lora_rank"}
+    sampler = {name: value for name, value in settings.items() if name not in TRAINABLE_OR_DATA}
     if kind == "consistency" and ("consistency_distillation", name) in recipes.RECIPES:
         return distilled_world(name, sampler)
     return worlds.load(name, **sampler, **({"model": kind} if kind in ("consistency", "flow") else {}))
@@ -165,6 +177,20 @@ def ready_world(method: Method, name: str, chosen: Chosen):
     return world
 
 
+def labelled(policy, reward: Callable, prompts: list, settings: dict[str, Any], seed: int):
+    """What a method that learns from pairs is given: samples of the base model, labelled; the same in a resumed run."""
+    import torch
+
+    from minialign import pairs
+
+    labeller = {
+        "reward": pairs.by_reward,
+        "bradley_terry": partial(pairs.bradley_terry, scale=settings["label_scale"]),
+    }[settings["labels"]]
+    generator = torch.Generator().manual_seed(40_000 + seed)
+    return pairs.draw_pairs(policy, labeller(reward), prompts, settings["num_pairs"], generator)
+
+
 def training(method: Method, chosen: Chosen, world, rewards: list[Callable], seed: int) -> Callable[..., Iterator]:
     """steps(generator, resume): the method's loop on the world's policy, or the loop of another on its reward."""
     import torch
@@ -173,6 +199,9 @@ def training(method: Method, chosen: Chosen, world, rewards: list[Callable], see
     if len(rewards) != 1 and not method.several_rewards:
         raise UserError(f"{method.name} takes one reward, not {len(rewards)}.")
     reward = rewards if method.several_rewards else rewards[0]
+    if method.kind == "learns from pairs":
+        pairs = labelled(policy, reward, world.prompts, chosen.world, seed)
+        return lambda generator, resume: module.train(policy, pairs, config, generator, resume)
     if method.loop:
         sampling = {"num_tokens": world.num_tokens} if hasattr(policy, "generate") else {}
         generator = torch.Generator().manual_seed(30_000 + seed)

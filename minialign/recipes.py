@@ -37,6 +37,16 @@ WORLDS = {
     "assistant": {"language": dict(lora_rank=0)},
     "tokens": {"language": dict(lora_rank=0, kind="padding")},
 }
+# What methods that learn from pairs are given: so many of the base model's samples, two a prompt, labelled by a reward:
+# "reward" says which has more of it, "bradley_terry" errs as people do, at scale label_scale. Ties are left out.
+PAIRS = {
+    "shapes": dict(num_pairs=1024, labels="reward", label_scale=1.0),
+    "digits": dict(num_pairs=1024, labels="reward", label_scale=1.0),
+    "compass": dict(num_pairs=2000, labels="bradley_terry", label_scale=4.0),
+    "ring": dict(num_pairs=2000, labels="bradley_terry", label_scale=1.0),
+    "crowd": dict(num_pairs=2000, labels="bradley_terry", label_scale=1.0),
+    "line": dict(num_pairs=2000, labels="bradley_terry", label_scale=1.0),
+}
 BENCH_WORLDS = ("shapes", "digits", "assistant")
 
 B2_SMALL = dict(num_prompts=26, num_minibatches=2, num_epochs=1, steps_per_pass=6)

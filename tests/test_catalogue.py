@@ -27,7 +27,7 @@ def test_every_file_of_methods_is_in_the_catalogue_and_says_what_its_entry_says(
         assert method.name == name and method.module.Config(), f"{name} needs a Config whose defaults are possible"
         assert method.arxiv in method.module.__doc__, f"{name}: arXiv {method.arxiv} is not in its docstring"
         assert str(method.year) in method.module.__doc__ and method.authors.split()[0] in method.module.__doc__
-        shape = {"shapes rewards": "shape", "trains": "train"}.get(method.kind, "trial")
+        shape = {"shapes rewards": "shape", "trains": "train", "learns from pairs": "train"}.get(method.kind, "trial")
         assert hasattr(method.module, shape), f"{name} ({method.kind}) needs {shape}()"
 
 

@@ -16,6 +16,7 @@ from minialign.kernels.diffusion import (
     ddim_step,
     predict,
     prediction_target,
+    transport,
 )
 from minialign.kernels.edm import edm_denoised, edm_scalings, karras_sigmas
 from minialign.kernels.flow import add_flow_noise, flow_diffusion, flow_step, variance_preserving_of
@@ -65,7 +66,20 @@ from minialign.kernels.policy_gradient import (
     weighted_sums,
     whiten,
 )
-from minialign.kernels.preferences import denoising_log_ratio, dpo_loss, kto_loss, kto_reference_point
+from minialign.kernels.preferences import (
+    clipped_log_ratio,
+    denoising_log_ratio,
+    dpo_loss,
+    error_weight,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    kto_reference_point,
+    pair_accuracy,
+    preference_probability,
+    sequence_log_ratio,
+    soft_label_loss,
+)
 from minialign.kernels.selection import group_ranks
 
 __all__ = [
@@ -75,6 +89,7 @@ __all__ = [
     "add_noise",
     "at_least_float32",
     "boundary_scalings",
+    "clipped_log_ratio",
     "clipped_surrogate",
     "clipped_value_loss",
     "consistency_function",
@@ -89,6 +104,7 @@ __all__ = [
     "dpo_loss",
     "edm_denoised",
     "edm_scalings",
+    "error_weight",
     "expand_as",
     "flow_diffusion",
     "flow_step",
@@ -103,6 +119,8 @@ __all__ = [
     "group_baselines",
     "group_ranks",
     "guidance_embedding",
+    "hinge_loss",
+    "ipo_loss",
     "karras_sigmas",
     "kl_k1",
     "kl_k2",
@@ -119,16 +137,21 @@ __all__ = [
     "mixture_log_prob",
     "mixture_responsibilities",
     "mixture_score",
+    "pair_accuracy",
     "predict",
     "prediction_target",
+    "preference_probability",
     "same_shape",
     "sample_tokens",
+    "sequence_log_ratio",
+    "soft_label_loss",
     "squared_error",
     "standard_normal_kl",
     "standardise_heads",
     "token_entropy",
     "token_log_probs",
     "token_rewards",
+    "transport",
     "variance_preserving_of",
     "weighted_sums",
     "whiten",

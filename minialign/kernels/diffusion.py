@@ -98,6 +98,23 @@ def ddim_step(
     return gaussian_step(denoised, mean, std, next=next, noise=noise, reduction=reduction)
 
 
+def transport(
+    noise_pred: Float[Tensor, "batch *dims"],
+    state: Float[Tensor, "batch *dims"],
+    level: tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]],
+    level_next: tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]],
+) -> Float[Tensor, "batch *dims"]:
+    """A deterministic step between two levels (signal, noise), in either direction: x_0 and the noise are kept.
+
+    x' = signal' (x - noise eps) / signal + noise' eps. Towards data, DDIM with eta = 0; towards noise, its inversion;
+    with signal = 1 - t and noise = t, Euler's step of a flow. Between equal levels nothing moves.
+    """
+    same_shape(noise_pred=noise_pred, state=state)
+    state, noise_pred = at_least_float32(state), at_least_float32(noise_pred)
+    (signal, noise), (signal_next, noise_next) = ([expand_as(x, state) for x in pair] for pair in (level, level_next))
+    return signal_next / signal * (state - noise * noise_pred) + noise_next * noise_pred
+
+
 def ddim_alpha_bars(
     alphas_cumprod: Float[Tensor, "train_steps"], timesteps: Tensor, stride: int, final_alpha_bar: float
 ):

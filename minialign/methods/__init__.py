@@ -7,6 +7,7 @@ Nothing heavy is imported: a method's own module is loaded when it is asked for.
 What a module of this folder must have is a `Config`, and what it does. The rest it may have:
 
     train(policy, reward, prompts, config, generator, resume) -> steps    what `run` calls where kind is "trains"
+    train(policy, pairs, config, ...)         the same where kind is "learns from pairs", which `run` draws and labels
     wrap(policy, prompts) -> policy           what is trained in the place of the policy's weights
     num_value_heads(config) -> int            outputs of the critic that it needs beside a language policy
     shape(policy, reward, prompts, config, generator, **sampling) -> reward    for the loop of another, `Method.loop`
@@ -23,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["trains", "shapes rewards", "learns a reward", "samples faster", "steers", "searches"]
+Kind = Literal[
+    "trains", "learns from pairs", "shapes rewards", "learns a reward", "samples faster", "steers", "searches"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,11 @@ CATALOGUE = {
         Method(
             name="dragon", title="DRAGON", authors="Bai et al.", year=2025, arxiv="2504.15217", chapter="17",
             kind="trains", policies=("diffusion", "flow"), world="digits", claims=("dragon", "dragon_rewards"),
+        ),
+        Method(
+            name="diffusion_dpo", title="Diffusion-DPO", authors="Wallace et al.", year=2023, arxiv="2311.12908",
+            chapter="20", kind="learns from pairs", policies=("diffusion", "flow", "consistency"), world="shapes",
+            claims=("diffusion_dpo",),
         ),
         Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",

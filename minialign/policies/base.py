@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minialign.kernels import StepOut, add_noise, expand_as, gaussian_kl
+from minialign.kernels import StepOut, add_noise, expand_as, gaussian_kl, predict
+from minialign.kernels.preferences import Target
 from minialign.policies import adapters
 from minialign.policies.architectures import call_network
 from minialign.policies.border import refuse_half, refuse_zero_signal
@@ -390,6 +391,22 @@ class Policy(Trainable):
     def corrupt(self, latents: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise at `levels` (n,), training timesteps."""
         return add_noise(latents, noise, self._alphas_cumprod[levels])
+
+    def signal_and_noise(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """(signal, noise), both (n,), of `levels` (n,): x_t = signal x_0 + noise eps."""
+        alpha_bar = self._alphas_cumprod[levels]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def noise_at(self, states: Tensor, levels: Tensor, condition: Condition, reference: bool = False) -> Tensor:
+        """The noise that the network sees in states (n, *latent) at `levels` (n,), whatever it predicts; unguided."""
+        output = self.output_at(states, levels, condition, reference, guidance_scale=1.0)
+        kind = self.scheduler.config.prediction_type
+        return predict(output, states, self._alphas_cumprod[levels], kind)[1]
+
+    @property
+    def target(self) -> Target:
+        """What the training error is an error of: "epsilon", "v_prediction", "sample" or "flow" (`error_weight`)."""
+        return self.scheduler.config.prediction_type
 
 
 def graphed_steps(calls: range, grad_steps: int | Iterable[int] | Tensor | None) -> frozenset[int]:

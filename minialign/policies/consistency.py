@@ -171,6 +171,11 @@ class ConsistencyPolicy(Policy):
         output = self.output_at(states, levels, condition, reference, guidance_scale=1.0)
         return squared_error(self._consistent(output, states, levels), latents, reduction)
 
+    @property
+    def target(self) -> str:
+        """The training error is one of x_0, whatever the network predicts."""
+        return "sample"
+
     def denoise(self, states: Tensor, timesteps: Tensor, condition: Condition, reference: bool = False) -> Tensor:
         """f(x, t, prompt), (n, *latent), at any training timesteps (n,)."""
         output = self.output_at(states, timesteps, condition, reference)

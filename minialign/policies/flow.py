@@ -234,6 +234,19 @@ class FlowPolicy(Policy):
         output = self.velocity(self.corrupt(latents, levels, noise), levels, condition, reference)
         return squared_error(output, noise - latents, reduction)
 
+    def signal_and_noise(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 - t, t), both (n,)."""
+        return 1 - levels, levels
+
+    def noise_at(self, states: Tensor, levels: Tensor, condition: Condition, reference: bool = False) -> Tensor:
+        """E[noise | x_t] = x_t + (1 - t) v, unguided. At t = 0, where none is trained, that of the lowest level."""
+        levels = levels.clamp_min(1 / 1000)
+        return states + expand_as(1 - levels, states) * self.velocity(states, levels, condition, reference)
+
+    @property
+    def target(self) -> str:
+        return "flow"
+
     def velocity(self, states: Tensor, levels: Tensor, condition: Condition, reference: bool = False) -> Tensor:
         """v(x, t), (n, *latent), unguided, at any t (n,)."""
         return self.output_at(states, 1000 * levels, condition, reference, guidance_scale=1.0)

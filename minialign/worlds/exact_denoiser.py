@@ -97,13 +97,21 @@ class ExactVelocity(ExactDenoiser):
 class ResidualMLP(nn.Module):
     """A small MLP of (x, t, class) whose last layer is zero (sheet ddpo: 20-96-96-2 with SiLU).
 
-    Inputs: x (batch, dim); sin and cos of w t / 1000 for `num_frequencies` w log-spaced from 1 to 1000; one-hot class.
+    Inputs: x (batch, dim); sin and cos of w t / num_train_timesteps for `num_frequencies` w log-spaced from 1 to 1000;
+    one-hot class.
     A label equal to num_classes means no condition: all zeros.
     """
 
-    def __init__(self, dim: int = 2, num_classes: int = 2, width: int = 96, num_frequencies: int = 8):
+    def __init__(
+        self,
+        dim: int = 2,
+        num_classes: int = 2,
+        width: int = 96,
+        num_frequencies: int = 8,
+        num_train_timesteps: int = 1000,
+    ):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.num_train_timesteps = num_classes, num_train_timesteps
         self.register_buffer("frequencies", torch.logspace(0, 3, num_frequencies))
         self.net = nn.Sequential(
             nn.Linear(dim + 2 * num_frequencies + num_classes, width),
@@ -118,7 +126,7 @@ class ResidualMLP(nn.Module):
     def forward(
         self, x: Float[Tensor, "b d"], t: Int[Tensor, "b"], class_labels: Int[Tensor, "b"] | None = None
     ) -> Float[Tensor, "b d"]:
-        phase = t.unsqueeze(-1) / 1000 * self.frequencies
+        phase = t.unsqueeze(-1) / self.num_train_timesteps * self.frequencies
         parts = [x, phase.sin().to(x.dtype), phase.cos().to(x.dtype)]
         if self.num_classes:
             labels = torch.full_like(t, self.num_classes) if class_labels is None else class_labels

@@ -175,6 +175,7 @@ class GaussianWorld(World):
 RESIDUALS = ("mlp", "per_step_linear", "per_step_scalar")
 NUM_STEPS = {"diffusion": 20, "flow": 10}  # of a policy, where nothing else is said
 MODELS = tuple(NUM_STEPS)
+SCHEDULES = ("stable_diffusion", "cosine")
 
 
 def load(
@@ -184,13 +185,15 @@ def load(
     num_steps: int | None = None,
     eta: float | int = 1.0,
     noise_level: float | int = 0.7,
+    schedule: str = "stable_diffusion",
     residual: str | None = None,
     seed: int = 0,
     **settings: float | int,
 ) -> GaussianWorld:
     """compass, ring or line, its policy a perfect base model that has not been trained.
 
-    model "diffusion": a DiffusionPolicy of 20 steps and `eta`; "flow": a FlowPolicy of 10 steps and `noise_level`.
+    model "diffusion": a DiffusionPolicy of 20 steps, `eta` and `schedule` ("stable_diffusion", or "cosine": 100 levels,
+    of which more lie where modes are told apart); "flow": a FlowPolicy of 10 steps and `noise_level`.
     residual: "mlp" (compass and ring's own), "per_step_linear" or "per_step_scalar" (line's own); `seed` draws the
     MLP's weights. settings: radius, std and num_modes of ring, mean and std of line.
     """
@@ -200,12 +203,15 @@ def load(
         raise ValueError(f"unknown gaussian world {name!r};{_near(name, builders)} There are: {', '.join(builders)}.")
     for setting in settings:
         if setting not in known[name]:
-            own = ", ".join(("model", "num_steps", "eta", "noise_level", "residual", "seed", *known[name]))
+            own = ", ".join(("model", "num_steps", "eta", "noise_level", "schedule", "residual", "seed", *known[name]))
             raise ValueError(f"world {name!r} has no setting {setting!r}. There are: {own}.")
     if residual is not None and residual not in RESIDUALS:
         known = ", ".join(RESIDUALS)
         raise ValueError(f"unknown residual {residual!r};{_near(residual, RESIDUALS)} There are: {known}.")
 
+    if schedule not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise ValueError(f"unknown schedule {schedule!r};{_near(schedule, SCHEDULES)} There are: {known}.")
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r};{_near(model, MODELS)} There are: {', '.join(MODELS)}.")
 
@@ -213,7 +219,7 @@ def load(
         steps = {kind: num_steps if kind == model and num_steps is not None else own for kind, own in NUM_STEPS.items()}
         given = mixture, classes, residual or own_residual
         builders = {
-            "diffusion": lambda: _policy(*given, steps["diffusion"], eta, seed),
+            "diffusion": lambda: _policy(*given, steps["diffusion"], eta, schedule, seed),
             "flow": lambda: _flow_policy(*given, steps["flow"], noise_level, seed),
         }
         return {model: builders.pop(model), **builders}
@@ -228,10 +234,22 @@ def _near(name: str, known) -> str:
     return f" did you mean {near[0]!r}?" if near else ""
 
 
-def scheduler():
-    """Stable Diffusion's noise levels, and a last step that is still noisy (timestep 1), which a density needs."""
+def scheduler(schedule: str = "stable_diffusion"):
+    """Stable Diffusion's noise levels, or 100 of a cosine, which has more in the middle (Nichol and Dhariwal, 2021).
+
+    The cosine's alpha_bar = cos^2 of an even grid of angles, from .9999 to .001: at lower ones a small error of the
+    noise, which preference losses weigh alike at all levels, is a large one of x_0.
+    The last step is still noisy (timestep 1), which a density needs.
+    """
     from diffusers import DDIMScheduler
 
+    if schedule == "cosine":
+        alpha_bar = torch.linspace(math.acos(0.9999**0.5), math.acos(0.001**0.5), 100, dtype=torch.float64).cos() ** 2
+        betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        return DDIMScheduler(
+            num_train_timesteps=100, trained_betas=betas.tolist(), steps_offset=1, clip_sample=False,
+            set_alpha_to_one=False,
+        )  # fmt: skip
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -242,11 +260,11 @@ def scheduler():
     )
 
 
-def _residual(name: str, timesteps: Tensor, dim: int, num_classes: int, seed: int):
+def _residual(name: str, timesteps: Tensor, dim: int, num_classes: int, seed: int, train_steps: int = 1000):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "mlp":
-            return ResidualMLP(dim, num_classes)
+            return ResidualMLP(dim, num_classes, num_train_timesteps=train_steps)
         return PerStepLinear(timesteps, dim, num_classes) if name == "per_step_linear" else PerStepScalar(timesteps)
 
 
@@ -256,14 +274,16 @@ def _policy(
     residual: str,
     num_steps: int,
     eta: float | int,
+    schedule: str,
     seed: int,
 ) -> DiffusionPolicy:
-    schedule = scheduler()
+    levels = scheduler(schedule)
     demand(Count, num_steps=num_steps)
-    schedule.set_timesteps(num_steps)
-    network = _residual(residual, schedule.timesteps, mixture.dim, len(classes or ()), seed)
+    levels.set_timesteps(num_steps)
+    train_steps = levels.config.num_train_timesteps
+    network = _residual(residual, levels.timesteps, mixture.dim, len(classes or ()), seed, train_steps)
     return DiffusionPolicy(
-        ExactDenoiser(mixture, schedule.alphas_cumprod, network), schedule, latent_shape=(mixture.dim,),
+        ExactDenoiser(mixture, levels.alphas_cumprod, network), levels, latent_shape=(mixture.dim,),
         class_names=classes, num_steps=num_steps, eta=eta,
     )  # fmt: skip
 

@@ -1,0 +1,55 @@
+"""Inversion: from a clean sample to the noise that the model itself would have made it from (Song et al., 2021, DDIM).
+
+    sampler     x_t -> x_{t - dt}, deterministic, with eps = eps_theta(x_t, t)
+    inversion   the same step read backwards: its eps would be needed at a point that is not there yet
+
+DDIM inversion takes eps at the point that is left: of first order, the error halves with twice the steps. ReNoise
+(Garibi et al., 2024, arXiv 2403.14602) takes it again where that guess arrives, at the level it arrives at, and steps
+with the average: Heun's rule, of second order. The official code of InPO and SmPO asks the second time at the old
+level, and ends at a level of a fixed grid that is not the one it names; here each row's own grid ends at its level.
+"""
+
+import torch
+from torch import Tensor
+
+from minialign.kernels import expand_as, transport
+from minialign.policies.trajectory import Condition
+from minialign.settings import Count, demand
+
+
+@torch.no_grad()
+def invert(
+    policy,
+    latents: Tensor,
+    levels: Tensor,
+    condition: Condition,
+    *,
+    num_steps: int = 5,
+    renoise: bool = False,
+    reference: bool = True,
+) -> Tensor:
+    """The states (n, *latent) at `levels` (n,) from which the sampler would reach `latents`, which lie at level 0.
+
+    levels: of a diffusion policy training timesteps, of a flow t; each row has a grid of num_steps equal steps, rounded
+    to timesteps. renoise: each step twice, see above. reference: inverts with the base model, which does not drift
+    while the policy trains. Unguided. Evaluations: num_steps a row, twice that with renoise.
+    """
+    demand(Count, num_steps=num_steps)
+    states, before = latents.to(policy.state_dtype), torch.zeros_like(levels)
+    for i in range(num_steps):
+        after = levels * (i + 1) / num_steps
+        after = after if levels.is_floating_point() else after.round().long()
+        level, level_next = policy.signal_and_noise(before), policy.signal_and_noise(after)
+        noise = policy.noise_at(states, before, condition, reference)
+        arrived = transport(noise, states, level, level_next)
+        if renoise:
+            noise = (noise + policy.noise_at(arrived, after, condition, reference)) / 2
+            arrived = transport(noise, states, level, level_next)
+        states, before = arrived, after
+    return states
+
+
+def implied_noise(policy, latents: Tensor, levels: Tensor, states: Tensor) -> Tensor:
+    """tau with signal latents + noise tau = states at `levels` (n,): what corrupts `latents` to just these states."""
+    signal, noise = (expand_as(x, states) for x in policy.signal_and_noise(levels))
+    return (states - signal * latents) / noise
