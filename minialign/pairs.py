@@ -56,16 +56,12 @@ class Pairs:
         if isinstance(self.chosen, Tensor) and self.chosen.shape != self.rejected.shape:
             shapes = f"{tuple(self.chosen.shape)} and {tuple(self.rejected.shape)}"
             raise ValueError(f"chosen and rejected have shapes {shapes}; expected one shape.")
-        if isinstance(self.chosen, Tensor) and not (self.chosen.isfinite().all() and self.rejected.isfinite().all()):
-            raise ValueError("some of these pairs hold nan or inf; leave them out.")
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, rows: Sequence[int] | Tensor | slice) -> "Pairs":
         index = torch.arange(len(self))[rows]
-        if index.ndim != 1:
-            raise ValueError(f"pairs[{rows!r}]: expected several rows, a list, a slice or a tensor (k,).")
         chosen_rows = index.tolist()
 
         def part(values):
@@ -80,6 +76,13 @@ class Pairs:
         strengths = None if self.strengths is None else -self.strengths
         return Pairs(self.prompts, self.rejected, self.chosen, strengths, self.labellers)
 
+    def check_finite(self) -> None:
+        """Raises ValueError that counts the pairs with nan or inf."""
+        if isinstance(self.chosen, Tensor):
+            finite = [side.flatten(1).isfinite().all(1) for side in (self.chosen, self.rejected)]
+            if broken := int((~(finite[0] & finite[1])).sum()):
+                raise ValueError(f"{broken} of {len(self)} pairs hold nan or inf; leave them out: pairs[rows].")
+
     def save(self, path: str | Path) -> None:
         """One safetensors file, whole or absent: tensors, and as json in its header prompts, texts and labellers.
 
@@ -89,7 +92,7 @@ class Pairs:
             if not isinstance(prompt, str | int | float):
                 raise ValueError(f"cannot save the prompt {prompt!r}; expected strings or numbers.")
         parts = {name: value for name, value in vars(self).items() if value is not None}
-        tensors = {name: value.contiguous() for name, value in parts.items() if isinstance(value, Tensor)}
+        tensors = {name: value.detach().clone() for name, value in parts.items() if isinstance(value, Tensor)}
         texts = {name: value for name, value in parts.items() if name not in tensors}
         # a file of tensors holds at least one
         save_checkpoint(tensors | {"count": torch.tensor(len(self))}, path, {"pairs": json.dumps(texts)})

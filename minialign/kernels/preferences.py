@@ -36,9 +36,6 @@ def error_weight(
     per_noise = {
         "epsilon": torch.ones_like(signal), "sample": noise / signal, "v_prediction": 1 / signal, "flow": 1 / signal
     }  # fmt: skip
-    for name, kind in (("measured", measured), ("wanted", wanted)):
-        if kind not in per_noise:
-            raise ValueError(f"{name} is {kind!r}; expected one of {', '.join(map(repr, per_noise))}.")
     if measured == wanted:
         return torch.ones_like(signal)
     return (per_noise[wanted] / per_noise[measured]) ** 2

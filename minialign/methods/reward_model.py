@@ -19,7 +19,6 @@ EOS included, by the attention mask's end, so padding cannot move it; encoders p
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,19 +28,12 @@ from torch.nn.functional import logsigmoid
 from minialign import show
 from minialign.evaluate import Trial
 from minialign.loop import Run, Step, gather_rows, num_processes, own_rows
+from minialign.pairs import Pairs
 from minialign.policies import special_tokens
 from minialign.policies.classifier import check_classifier, check_padding, class_outputs, output_layer
 from minialign.policies.passes import in_full_precision
 from minialign.settings import Count, Limit, NonNegative, Settings
 from minialign.statistics import Moments
-
-
-class Preferences(NamedTuple):
-    """Pairs of responses to the same prompts: `chosen[i]` won against `rejected[i]`."""
-
-    prompts: list[str]
-    chosen: list[str]
-    rejected: list[str]
 
 
 @dataclass(frozen=True)
@@ -170,7 +162,7 @@ def average_weights(networks: Sequence[nn.Module], into: nn.Module) -> nn.Module
     return into
 
 
-def batch_loss(model: RewardModel, pairs: Preferences, rows: Sequence[int], config: Config):
+def batch_loss(model: RewardModel, pairs: Pairs, rows: Sequence[int], config: Config):
     """(loss, share of pairs that the model orders as labelled) of pairs `rows`.
 
     Each process scores its own share of them and sees the scores of all, for ODIN's correlations run over the batch;
@@ -189,7 +181,7 @@ def batch_loss(model: RewardModel, pairs: Preferences, rows: Sequence[int], conf
     return loss, right
 
 
-def pair_scores(model: RewardModel, pairs: Preferences, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def pair_scores(model: RewardModel, pairs: Pairs, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Outputs (n, 2, heads) and numbers of tokens (n, 2) of the chosen and the rejected of pairs `rows`, maybe none."""
     if not rows:
         nothing = next(model.network.parameters()).float().sum() * 0  # takes part, with a gradient of 0
@@ -200,11 +192,10 @@ def pair_scores(model: RewardModel, pairs: Preferences, rows: Sequence[int]) -> 
     return outputs, batch["num_tokens"].view(2, -1).T.float()
 
 
-def check(model: RewardModel, pairs: Preferences, config: Config) -> None:
+def check(model: RewardModel, pairs: Pairs, config: Config) -> None:
     """Raises ValueError for settings or pairs that cannot train."""
-    sizes = [len(part) for part in pairs]
-    if len(set(sizes)) > 1 or sizes[0] == 0:
-        raise ValueError(f"there are {sizes[0]} prompts, {sizes[1]} chosen and {sizes[2]} rejected responses.")
+    if len(pairs) == 0 or not isinstance(pairs.chosen, list):
+        raise ValueError("there are no pairs of texts here; expected Pairs(prompts, chosen, rejected) of lists.")
     heads, wanted = model.network.config.num_labels, 2 if config.odin else 1
     if config.odin:
         output_layer(model.network)
@@ -214,9 +205,7 @@ def check(model: RewardModel, pairs: Preferences, config: Config) -> None:
         )
 
 
-def train(
-    model: RewardModel, pairs: Preferences, config: Config = Config(), generator=None, resume=None
-) -> Iterator[Step]:
+def train(model: RewardModel, pairs: Pairs, config: Config = Config(), generator=None, resume=None) -> Iterator[Step]:
     """Trains the model in place on labelled pairs; yields a `Step` a minibatch, with `loss` and `accuracy`.
 
     generator: a CPU torch.Generator that orders the pairs (seed 0 if None). Network evaluations: 3 a response. Under
@@ -244,7 +233,7 @@ def train(
 PAIRS, TEST_PAIRS = 4000, 2000  # to learn from, one label in ten being wrong; to judge by, all labels right
 
 
-def share_right(model: RewardModel, pairs: Preferences) -> float:
+def share_right(model: RewardModel, pairs: Pairs) -> float:
     return float((model(pairs.chosen, pairs.prompts) > model(pairs.rejected, pairs.prompts)).float().mean())
 
 
@@ -252,9 +241,9 @@ def trial(world, config: Config, seed: int) -> Trial:
     """Which share of pairs a classifier on the base model's trunk orders as the oracle does, before and after."""
     network = world.reward_network(seed=seed, num_labels=2 if config.odin else 1)
     model = RewardModel(network, world.policy.tokenizer)
-    pairs = Preferences(*world.preferences(PAIRS, torch.Generator().manual_seed(1_000 + seed)))
+    pairs = Pairs(*world.preferences(PAIRS, torch.Generator().manual_seed(1_000 + seed)))
     sets = {"accuracy": world.prompts, "accuracy_held_out": world.held_out}
-    tests = {name: Preferences(*world.preferences(TEST_PAIRS, torch.Generator().manual_seed(0), 0.0, prompts=prompts))
+    tests = {name: Pairs(*world.preferences(TEST_PAIRS, torch.Generator().manual_seed(0), 0.0, prompts=prompts))
              for name, prompts in sets.items()}  # fmt: skip
     answers = world.answers()
     texts, prompts = zip(*((text, p) for p in world.prompts for text in answers[p][:16]), strict=True)

@@ -21,6 +21,7 @@ from claim_b2diffurl import bar
 from minialign import worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import par, ppo, reward_model
+from minialign.pairs import Pairs
 
 SEEDS = 5
 PAIRS = 4000
@@ -34,7 +35,7 @@ def learned_proxy(world, seed: int, pairs: int = PAIRS):
     """(reward model, its accuracy on pairs of questions it has not seen): normalised over answers of the base model."""
     generator = torch.Generator().manual_seed(1_000 + seed)
     model = reward_model.RewardModel(world.reward_network(seed=seed), world.policy.tokenizer)
-    data = reward_model.Preferences(*world.preferences(pairs, generator))
+    data = Pairs(*world.preferences(pairs, generator))
     for _ in reward_model.train(model, data, generator=generator):
         pass
     base = world.answers()

@@ -24,6 +24,7 @@ from claim_b2diffurl import bar
 from minialign import search, worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import constrained, reward_model
+from minialign.pairs import Pairs
 from minialign.rewards import Saturated, weighted_sum
 from minialign.worlds import assistant
 
@@ -62,9 +63,7 @@ def reward_models(world, seed: int) -> dict:
     for i, name in enumerate(NAMES):
         generator = torch.Generator().manual_seed(1_000 + 100 * i + seed)
         model = reward_model.RewardModel(world.reward_network(seed=seed), world.policy.tokenizer)
-        for _ in reward_model.train(
-            model, reward_model.Preferences(*preferences(name, generator)), generator=generator
-        ):
+        for _ in reward_model.train(model, Pairs(*preferences(name, generator)), generator=generator):
             pass
         model.normalise(texts, prompts)
         models[name] = model

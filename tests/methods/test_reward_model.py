@@ -20,7 +20,8 @@ from transformers import (
 
 from minialign.loop import fit
 from minialign.methods import reward_model
-from minialign.methods.reward_model import Config, Preferences, RewardModel
+from minialign.methods.reward_model import Config, RewardModel
+from minialign.pairs import Pairs
 from minialign.policies.classifier import output_layer
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefgh"]
@@ -61,7 +62,7 @@ def preferences(n, seed=0):
         " ".join(WORDS[3 + i] for i in torch.randint(0, 4, (4,), generator=generator).tolist()) for _ in range(2 * n)
     ]
     pairs = [sorted(texts[2 * i : 2 * i + 2], key=lambda t: -t.split().count("a")) for i in range(n)]
-    return Preferences(["h"] * n, [a for a, _ in pairs], [b for _, b in pairs])
+    return Pairs(["h"] * n, [a for a, _ in pairs], [b for _, b in pairs])
 
 
 def test_bradley_terry_by_hand():
@@ -142,8 +143,9 @@ def test_refusals(tokenizer):
     model = RewardModel(network(), tokenizer)
     with pytest.raises(ValueError, match="num_labels=2"):
         next(reward_model.train(model, preferences(4), Config(odin=True)))
-    with pytest.raises(ValueError, match="1 prompts, 2 chosen"):
-        next(reward_model.train(model, Preferences(["h"], ["a", "b"], ["c"])))
+    for nothing in (Pairs([], [], []), Pairs(["h"], torch.zeros(1, 2), torch.zeros(1, 2))):
+        with pytest.raises(ValueError, match="no pairs of texts"):
+            next(reward_model.train(model, nothing))
     same = ["a", "a"]
     with pytest.raises(ValueError, match="same score"):
         model.normalise(same, ["h", "h"])
