@@ -527,7 +527,7 @@ def fill(template, name, scratch, port=9):
 
 # Wall time is for those that sleep: on a busy machine it must not stop the others. Two megabytes of output, so that who
 # answers too much is stopped for that, and not for the processor's seconds that packing it takes.
-QUICK = Limits(seconds=1, wall=4, output=2 << 20)
+QUICK = Limits(seconds=2, wall=6, output=2 << 20)
 
 
 def no_bubblewrap():
