@@ -242,13 +242,13 @@ def arranged(
 
 def _joined(parts: Sequence[Pairs]) -> Pairs:
     """Pairs of the same kind, one after the other."""
+    return Pairs(*map(_join, zip(*(vars(part).values() for part in parts), strict=True)))
 
-    def join(values):
-        if values[0] is None:
-            return None
-        return torch.cat(values) if isinstance(values[0], Tensor) else [value for part in values for value in part]
 
-    return Pairs(*map(join, zip(*(vars(part).values() for part in parts), strict=True)))
+def _join(parts: Sequence):
+    if parts[0] is None:
+        return None
+    return torch.cat(list(parts)) if isinstance(parts[0], Tensor) else [value for part in parts for value in part]
 
 
 @torch.no_grad()
@@ -274,20 +274,35 @@ def draw_pairs(
         raise ValueError("num_tokens is None; a LanguagePolicy needs to know how long its answers may be.")
     if len(prompts) == 0:
         raise ValueError("prompts is empty; give at least one.")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     places = torch.randint(len(prompts), (num_pairs,), generator=generator)
-    asked = [prompts[i] for i in places.tolist()]
-    noise = policy.draw_noise(*([2 * num_pairs, num_tokens] if talks else [2 * num_pairs]), generator)
-    if same_start:
-        noise[num_pairs:, 0] = noise[:num_pairs, 0]
-    sides = []
-    for half in noise.split(num_pairs):
-        parts = [
-            _sampled(policy, asked[i : i + rows_per_pass], half[i : i + rows_per_pass], num_tokens)
-            for i in range(0, num_pairs, rows_per_pass)
-        ]
-        sides.append([text for part in parts for text in part] if talks else torch.cat(parts))
-    labels = labeller(*(sides if talks else map(policy.decode, sides)), asked, generator)
-    return arranged(asked, *sides, labels)
+    asked, parts = [prompts[i] for i in places.tolist()], []
+    draw = _noise_by_row(policy, 2 * num_pairs, num_tokens, generator)
+    for rows in torch.arange(num_pairs).split(rows_per_pass):
+        here = [asked[i] for i in rows.tolist()]
+        noise = [draw(rows), draw(rows + num_pairs)]
+        if same_start:
+            noise[1][:, 0] = noise[0][:, 0]
+        first, second = (_sampled(policy, here, drawn, num_tokens) for drawn in noise)
+        seen = (first, second) if talks else (policy.decode(first), policy.decode(second))
+        parts.append((here, first, second, labeller(*seen, here, generator)))
+    prompts, first, second, labels = zip(*parts, strict=True)
+    preference, strength = (_join(part) for part in zip(*labels, strict=True))
+    return arranged(_join(prompts), _join(first), _join(second), (preference, strength))
+
+
+def _noise_by_row(policy, n: int, num_tokens: int | None, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """rows -> their part of draw_noise(n), which as a whole would be the number of steps times the data."""
+    shape = (n,) if num_tokens is None else (n, num_tokens)
+    again = torch.Generator()
+    start = generator.get_state()
+    policy.draw_noise(*shape, generator, rows=[])  # moves on as if all of it had been drawn
+
+    def draw(rows: Tensor) -> Tensor:
+        again.set_state(start)
+        return policy.draw_noise(*shape, again, rows=rows)
+
+    return draw
 
 
 def _sampled(policy, prompts: list, noise: Tensor, num_tokens: int | None) -> Tensor | list[str]:

@@ -86,12 +86,26 @@ def test_pairs_of_a_policy_are_its_samples_and_follow_a_seed(model):
     assert len(pairs) == 300 and set(pairs.prompts) == set(world.prompts)
     assert (pairs.chosen[:, 0] > pairs.rejected[:, 0]).all()
     torch.testing.assert_close(pairs.strengths, pairs.chosen[:, 0] - pairs.rejected[:, 0])
-    again = draw_pairs(world.policy, by_reward(first_number), world.prompts, 300, seed())
+    again = draw_pairs(world.policy, by_reward(first_number), world.prompts, 300, seed())  # in one pass
     torch.testing.assert_close(again.chosen, pairs.chosen)
     assert again.prompts == pairs.prompts
     both = torch.cat([pairs.chosen, pairs.rejected])
     drawn = world.policy.sample(world.prompts * 300, generator=seed(7))
     assert both.mean(0).sub(drawn.mean(0)).abs().max() < 0.25 and both.std(0).sub(drawn.std(0)).abs().max() < 0.15
+
+
+def test_people_toss_another_coin_for_every_pass():
+    """Eight passes of sixteen labels, and the same pairs and labels in one."""
+    world, seen = worlds.load("ring", num_steps=2), []
+
+    def toss(first, second, prompts, generator):
+        seen.append(torch.rand(len(prompts), generator=generator))
+        return (seen[-1] < 0.5).float(), None
+
+    pairs, whole = (draw_pairs(world.policy, toss, world.prompts, 128, seed(), rows_per_pass=n) for n in (16, 128))
+    assert len(seen) == 9 and len(torch.cat(seen[:8]).unique()) == 128
+    assert torch.equal(torch.cat(seen[:8]), seen[8])
+    torch.testing.assert_close(pairs.chosen, whole.chosen)
 
 
 def test_the_same_start_without_noise_is_the_same_sample():
