@@ -15,7 +15,6 @@ from minialign.kernels import Level
 from minialign.methods import (
     b2diffurl,
     consistency_distillation,
-    diffusion_dpo,
     diffusion_nft,
     find_noise,
     grpo,
@@ -151,7 +150,6 @@ CASES |= {
     "delta_score": (lambda x, data: kernels.delta_score(x, EDM, data), (FLAT, random(7, 6, seed=12))),
 }
 PATHS = tuple(random(2, 3, 4, seed=s) for s in (31, 32, 33))
-DPO = diffusion_dpo.Config(beta=3.0)
 LSC, REFERENCES = par.Config("lsc"), random(N, 4, seed=13)
 KERNELS_OF_METHODS = {
     "grpo.advantages_of": (lambda r, g: grpo.advantages_of(r, g, "batch", 5.0), (REWARDS, GROUP)),
@@ -160,10 +158,6 @@ KERNELS_OF_METHODS = {
     "diffusion_nft.contrastive_loss": (
         lambda v, o, x, t, r: diffusion_nft.contrastive_loss(v, o, x, t, Z, Z + 1, r, 0.5, "adaptive"),
         (X, Y, Z, A, A_NEXT),
-    ),
-    "diffusion_dpo.preference_loss": (
-        lambda *given: diffusion_dpo.preference_loss(diffusion_dpo.PairErrors(*given[:4]), DPO, given[4]),
-        (REWARDS**2, LOG_P**2, STD, A, A_NEXT),
     ),
     "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
     "b2diffurl.select_extremes": (lambda z: b2diffurl.select_extremes(z, 0.5, -0.5), (Z_SCORES,)),
