@@ -202,6 +202,10 @@ CHAPTERS = {
             "turn any property of a crowd into a reward, and train on two crowds of which one is better",
         ),
         Chapter(
+            "20_diffusion_dpo", "Diffusion-DPO",
+            "train a diffusion model on votes, by denoising errors alone, and say why a pair shares its noise",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),

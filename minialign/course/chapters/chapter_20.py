@@ -69,7 +69,7 @@ PREFERENCE_LOGIT = Exercise(
         "float64": lambda g: _logit_case(g, "mean", (4, 7), torch.float64),
     },
     mistakes={
-        "the sign: an error that FALLS below the reference's speaks for an image.": _logit(
+        "the sign (or the pair is swapped): an error that FALLS below the reference's speaks for an image.": _logit(
             factor=lambda r: 0.5 if r == "mean" else 1.0
         ),
         "under 'mean' beta comes with a half, as in the official code.": _logit(factor=lambda r: -1.0),
@@ -79,9 +79,6 @@ PREFERENCE_LOGIT = Exercise(
         ),
         "the reference is missing: what counts is how much BETTER than it an image is denoised.": _logit(
             margin=lambda w, l, w_ref, l_ref: w - l  # noqa: E741
-        ),
-        "chosen and rejected are swapped.": _logit(
-            margin=lambda w, l, w_ref, l_ref: (l - l_ref) - (w - w_ref)  # noqa: E741
         ),
         "the rejected image is missing: that is fine-tuning on the chosen ones.": _logit(
             margin=lambda w, l, w_ref, l_ref: w - w_ref  # noqa: E741
@@ -102,7 +99,7 @@ PREFERENCE_LOGIT = Exercise(
 
 
 def line_logit(chosen, rejected, noise_chosen, noise_rejected, alpha_bar, shift):
-    """u (n,), beta = 1 of sums, data N(0, 1), eps_theta = eps_ref - k shift: 2 k^2 shift (margin - a / s gap of noise)."""
+    """u (n,), beta = 1 of sums, data N(0, 1), eps_theta = eps_ref - k shift: 2 k^2 shift (lead - a/s gap of noise)."""
     signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     k = signal * sigma
     seen = (chosen - rejected) - signal / sigma * (noise_chosen - noise_rejected)
@@ -163,7 +160,7 @@ LINE_LOGIT = Exercise(
             noises=lambda w, l: (w, w)  # noqa: E741
         ),
         "the noises are exchanged.": _line(noises=lambda w, l: (l, w)),  # noqa: E741
-        "the sign of the shift: a mean further right means LESS noise at the same place, eps_ref - k shift.": _line(
+        "the sign, of u or of the shift: a mean further right means LESS noise there, eps_ref - k shift.": _line(
             moved=lambda ref, k, shift: ref + k * shift
         ),
         "k is alpha times sigma, one of the two is missing.": _line(slope=lambda a, s: s),
@@ -174,7 +171,6 @@ LINE_LOGIT = Exercise(
         ),
         "signal and sigma are exchanged.": _line(level=lambda alpha_bar: ((1 - alpha_bar) ** 0.5, alpha_bar**0.5)),
         "the base model says sigma x_t: its noise grows with the level.": _line(reference=lambda x, s: x),
-        "the sign of u is turned.": _line(out=lambda u: -u),
         "there is no half in the convention of sums.": _line(out=lambda u: u / 2),
     },
 )
@@ -185,13 +181,13 @@ LINE_LOGIT = Exercise(
 def fitted_slope(margins):
     """The b at which mean -log sigmoid(b margins) is smallest, a scalar: Newton's method from 0."""
     z, b = margins.double(), torch.zeros((), dtype=torch.float64)
-    for _ in range(40):
+    for _ in range(15):
         wrong = (-b * z).sigmoid()
         b = b + (z * wrong).mean() / (z.square() * wrong * (1 - wrong)).mean()
     return b.to(margins.dtype)
 
 
-def _slope(steps=40, direction=1.0, z_of=lambda m: m, curvature=lambda z, w: z.square() * w * (1 - w), out=lambda b: b):
+def _slope(steps=15, direction=1.0, z_of=lambda m: m, curvature=lambda z, w: z.square() * w * (1 - w), out=lambda b: b):
     """A variant of Newton's method."""
 
     def wrong(margins):
@@ -225,14 +221,11 @@ FITTED_SLOPE = Exercise(
         "float32": lambda g: _margins(g, 40, 0.7, torch.float32),
     },
     mistakes={
-        "one step of Newton's method; it has to be repeated until it stands still.": _slope(steps=1),
+        "one step of Newton's method (or least squares); it has to be repeated until it stands still.": _slope(steps=1),
         "three steps are not always enough: repeat until it stands still.": _slope(steps=3),
         "the sign of the slope: larger margins are to be MORE probable.": _slope(out=lambda b: -b),
         "least squares: the labels are votes, not numbers; minimise -log sigmoid.": (
             lambda margins: margins.mean() / margins.square().mean()
-        ),
-        "the least squares of +-1/2; minimise -log sigmoid.": (
-            lambda margins: 4 * (margins / 2).mean() / margins.square().mean()
         ),
         "the size of the margins is thrown away.": _slope(z_of=lambda m: m.sign()),
         "the mean margin is no slope.": lambda margins: margins.mean(),

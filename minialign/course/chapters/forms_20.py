@@ -64,7 +64,7 @@ def line_by_logit(chosen, rejected, noise_chosen, noise_rejected, alpha_bar, shi
 def slope_by_newton(margins):
     b = torch.tensor(0.0, dtype=torch.float64)
     z = margins.to(torch.float64)
-    for _ in range(50):
+    for _ in range(20):
         p = torch.sigmoid(b * z)
         gradient = -(z * (1 - p)).sum()
         hessian = (z**2 * p * (1 - p)).sum()
@@ -75,7 +75,7 @@ def slope_by_newton(margins):
 def slope_by_bisection(margins):
     low, high = -50.0, 50.0
     z = margins.double()
-    for _ in range(80):
+    for _ in range(50):
         middle = (low + high) / 2
         if (z * torch.sigmoid(-middle * z)).sum() > 0:
             low = middle

@@ -20,7 +20,7 @@ QUESTIONS = [
         why={
             "a": "It would, if the noises were not squared against anything. Draw many pairs: which way does u err?",
             "b": "A bias it is, but in which direction? The margin that is seen is larger in size than the true one.",
-            "c": "Yes: the margin is seen with an error, and a regression on an inexact number takes too small a slope.",
+            "c": "Yes: the margin is seen with an error, and a regression on inexact numbers finds too small a slope.",
         },
     ),
     Quiz(
