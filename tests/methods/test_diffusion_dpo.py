@@ -381,6 +381,8 @@ def test_costs_are_counted():
     pairs = some_pairs(world.policy, world.prompts)
     rows = fit(dpo.train(world.policy, pairs, dataclasses.replace(SMALL, pairs_per_pass=4), seed(0)), progress=False)
     assert rows["network_evaluations"] == [15 * 2 * (3 + 1) * i for i in (1, 2, 3)]
+    passes = dpo.floor(world.policy, dataclasses.replace(SMALL, pairs_per_pass=4), {})
+    assert sum(passes["forward"]) + 3 * sum(passes["backward"]) == 15 * 2 * (3 + 1) and max(passes["forward"]) == 8
     assert rows["comparisons"] == [15, 30, 45] and rows["reward_queries"] == [0, 0, 0]
     few = fit(dpo.train(world.policy, pairs[:4], SMALL, seed(0)), progress=False)  # a batch is at most all of them
     assert few["comparisons"] == [4, 8, 12]
