@@ -15,6 +15,7 @@ the same mean reward. Control: the same training on shuffled labels.
 Run by `minialign replicate diffusion_dpo`; tests/claims/test_claims.py runs a small part of it.
 """
 
+import functools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -28,6 +29,7 @@ from minialign import worlds
 from minialign.measure import mean_ci, paired_difference
 from minialign.methods import diffusion_dpo
 from minialign.policies.diffusion import EVERYWHERE
+from minialign.worlds import gaussian
 
 SEEDS = 5
 DIM, NUM_PAIRS, EXAMINED = 2, 2000, 4000
@@ -85,16 +87,20 @@ def ring_run(arm: str, seed: int, num_steps: int | None = None) -> dict:
     }  # fmt: skip
 
 
+@functools.cache
+def mixture():
+    return gaussian.ring()
+
+
 def tilt(rate: float):
     """The data's exact tilt p exp(rate x_1) / Z."""
-    mixture = worlds.load("ring").mixture
-    return mixture.tilt(1 / rate, torch.tensor([1.0, 0.0]).to(mixture.means))[0]
+    return mixture().tilt(1 / rate, torch.tensor([1.0, 0.0]).to(mixture().means))[0]
 
 
 def tilted_log_prob(rate: float, num_samples: int = 50_000) -> float:
     """Mean log-density under the data of the samples of its tilt."""
     samples, _ = tilt(rate).sample(num_samples, torch.Generator().manual_seed(0))
-    return float(worlds.load("ring").mixture.log_prob(samples).mean())
+    return float(mixture().log_prob(samples).mean())
 
 
 def rate_of(reward: float) -> float:
