@@ -81,7 +81,9 @@ def ring_run(arm: str, seed: int, num_steps: int | None = None) -> dict:
     return {
         "world": "ring", "arm": arm, "seed": seed, "base": float(before[:, 0].mean()),
         "reward": float(samples[:, 0].mean()), "log_prob": float(world.mixture.log_prob(samples).mean()),
-        "base_log_prob": float(world.mixture.log_prob(before).mean()), "ceiling": float(pairs.chosen[:, 0].mean()),
+        "base_log_prob": float(world.mixture.log_prob(before).mean()),
+        "tilted_log_prob": tilted_log_prob(rate_of(float(samples[:, 0].mean()))),
+        "ceiling": float(pairs.chosen[:, 0].mean()),
         "accuracy": float(step.metrics["accuracy"]), "labels": len(pairs), "steps": config.num_iterations,
         "network_evaluations": needed(config, step.network_evaluations), "seconds": round(seconds, 2),
     }  # fmt: skip
@@ -105,7 +107,7 @@ def tilted_log_prob(rate: float, num_samples: int = 50_000) -> float:
 
 def rate_of(reward: float) -> float:
     """That of the tilt whose mean reward is this: of all laws with this reward the one nearest to the data."""
-    return brentq(lambda rate: float(tilt(rate).moments()[0][0]) - reward, 1e-6, 60.0)
+    return brentq(lambda rate: float(tilt(rate).moments()[0][0]) - max(reward, 1e-3), 1e-6, 60.0)
 
 
 # digits ---------------------------------------------------------------------------------------------------------------
@@ -156,7 +158,10 @@ def replicate() -> dict:
     jobs = [(world, arm, seed) for world, arms in (("digits", DIGITS_ARMS), ("ring", RING)) for arm in arms
             for seed in range(SEEDS)]  # fmt: skip
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        return verdict(list(pool.map(run, *zip(*jobs, strict=True))))
+        found = verdict(list(pool.map(run, *zip(*jobs, strict=True))))
+    rates = (0.01, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0)
+    frontier = [[float(tilt(rate).moments()[0][0]), tilted_log_prob(rate)] for rate in rates]
+    return found | {"frontier": frontier}
 
 
 def verdict(runs: list[dict]) -> dict:
@@ -183,8 +188,7 @@ def verdict(runs: list[dict]) -> dict:
     )
     chance = paired_difference(column("DPO, shuffled labels"), column("DPO, shuffled labels", "base"))
     bars.append(bar("control: shuffled labels minus base", chance, "within 0.3", abs(chance.mean) < 0.3, claimed=False))
-    bests = [tilted_log_prob(rate_of(reward)) for reward in column("DPO")]
-    price = paired_difference(column("DPO", "log_prob"), bests)
+    price = paired_difference(column("DPO", "log_prob"), column("DPO", "tilted_log_prob"))
     bars.append(bar("its price: log-density, DPO minus the exact tilt of equal reward", price, "> -0.1 nats",
                     price.mean > -0.1, claimed=False))  # fmt: skip
     for ours, theirs in (("people", "SFT"), ("scorer", "people")):
@@ -195,10 +199,9 @@ def verdict(runs: list[dict]) -> dict:
         f"{world}, {arm}": {key: str(mean_ci(column(arm, key, world))) for key in keys if key in first}
         for world, arm, first in {(r["world"], r["arm"]): (r["world"], r["arm"], r) for r in runs}.values()
     }
-    rates = [0.01, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2, 3.0]
     passed = all(b["passed"] for b in bars if b["claimed"])
     return {
         "name": "Diffusion-DPO", "verdict": "replicates" if passed else "does not replicate in miniature",
         "seeds": SEEDS, "bars": bars, "table": table, "arms": list(RING),
-        "frontier": [[float(tilt(rate).moments()[0][0]), tilted_log_prob(rate)] for rate in rates], "runs": runs,
+        "runs": runs,
     }  # fmt: skip

@@ -364,12 +364,12 @@ def test_diffusion_dpo_can_fail():
         assert bar in failed(claim_diffusion_dpo.verdict(useless)) - before, bar
 
 
-def test_one_seed_of_diffusion_dpo():
-    # stored, five seeds, in full: see results; here a part of the steps
-    ours, sft, turned = (
-        claim_diffusion_dpo.ring_run(arm, 0, num_steps=60) for arm in ("DPO", "SFT", "DPO, shuffled labels")
-    )
-    assert ours["reward"] > sft["reward"] + 0.1 and sft["reward"] > sft["base"] + 0.3 and abs(turned["reward"]) < 0.3
+def test_one_seed_of_diffusion_dpo(monkeypatch):
+    # stored, five seeds, after 200 steps: base -.00 +- .02, SFT .63 +- .08, DPO 1.15 +- .06, shuffled .02 +- .02
+    monkeypatch.setattr(claim_diffusion_dpo, "EXAMINED", 800)
+    monkeypatch.setattr(claim_diffusion_dpo, "NUM_PAIRS", 1000)
+    ours, sft = (claim_diffusion_dpo.ring_run(arm, 0, num_steps=60) for arm in ("DPO", "SFT"))
+    assert ours["reward"] > sft["reward"] + 0.1 and sft["reward"] > sft["base"] + 0.3
     assert sft["network_evaluations"] == 60 * 256 * 3 and ours["network_evaluations"] == 60 * 256 * 8
 
 
