@@ -1,4 +1,4 @@
-"""Diffusion-DPO: direct preference optimisation of diffusion models (Wallace et al., CVPR 2024, arXiv 2311.12908).
+"""Diffusion-DPO: direct preference optimisation of diffusion models (Wallace et al., 2023, arXiv 2311.12908).
 
 People say which of two images is better. A reward model and RL could follow; DPO goes straight to the policy whose
 implicit reward beta log(pi / pi_ref) explains the labels best. For a diffusion model log pi(x_0) is a sum over paths
