@@ -62,6 +62,7 @@ RAFT_PICTURES = dict(
     num_iterations=4, num_prompts=96, keep_winners=0.8, num_epochs=16, learning_rate=2e-3, final_lr_fraction=0.0
 )
 RAFT_EXACT = dict(num_iterations=6, num_epochs=60, rows_per_pass=256, learning_rate=3e-3)
+DPO_EXACT = dict(num_iterations=300, batch_size=256, pairs_per_pass=256)
 SWAPS = dict(selection="distribution", learning_rate=5e-4)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
@@ -115,6 +116,15 @@ RECIPES = {
     ("dragon", "shapes"): SWAPS | dict(num_iterations=6, num_prompts=32, num_updates=5, minibatch_size=24, beta=0.9),
     ("dragon", "compass"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
     ("dragon", "ring"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
+    # beta is of errors averaged over the elements: 256, 64 and 2 of them
+    ("diffusion_dpo", "shapes"): dict(
+        num_iterations=80, batch_size=64, pairs_per_pass=64, beta=1000.0, learning_rate=1e-3
+    ),
+    ("diffusion_dpo", "digits"): dict(
+        num_iterations=60, batch_size=64, pairs_per_pass=64, beta=1500.0, learning_rate=5e-4
+    ),
+    ("diffusion_dpo", "compass"): DPO_EXACT | dict(beta=5.0, learning_rate=3e-3),
+    ("diffusion_dpo", "ring"): DPO_EXACT | dict(beta=10.0, learning_rate=2e-3),
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),

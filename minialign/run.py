@@ -256,6 +256,8 @@ def title_of(summary: dict) -> str:
     title = f"{summary['method']} on {summary['world']}"
     if summary["reward"] is None:
         return title
+    if not summary["reward_queries"] and summary.get("comparisons"):
+        return f"{title}, labels by {summary['reward']!r}: {summary['comparisons']:,} comparisons"
     return f"{title}, reward {summary['reward']!r}: {summary['reward_queries']:,} queries"
 
 

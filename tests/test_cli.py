@@ -212,10 +212,11 @@ def test_the_adapter_of_a_run_loads_in_diffusers_and_redraws_its_images(tmp_path
 
 
 def test_bench_stores_its_rows(tmp_path, capsys, quick_distillation):
-    measure = ["bench", "--methods", *IMAGES, "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]
+    names = [*IMAGES, "diffusion_dpo"]
+    measure = ["bench", "--methods", *names, "--worlds", "compass", "--rounds", "2", "--out", "bench.json"]
     assert cli.main(measure) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["method"] for row in rows] == list(IMAGES)
+    assert [row["method"] for row in rows] == names
     for row in rows:
         assert set(row) == {"method", "world", "device", "step_seconds", "floor_seconds", "ratio"}
         ratio = row["step_seconds"] / row["floor_seconds"]
@@ -326,6 +327,21 @@ def test_constrained_holds_two_rewards_of_the_command_line_and_resumes(tmp_path)
     whole, part = (json.loads((tmp_path / f"{name}/summary.json").read_text()) for name in ("whole", "part"))
     assert whole["reward"] == "fives,fours" and {"reward_0", "reward_1"} <= set(whole["after"])
     assert part["after"] == whole["after"]
+
+
+def test_learning_from_pairs_draws_labels_resumes_and_counts_comparisons(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "EVALUATION_SAMPLES", 64)
+    small = ["--world", "compass", "--quiet", "--set", "num_pairs=90", "--set", "batch_size=32", "--set", "num_steps=5"]
+    assert run("diffusion_dpo", *small, "--steps", "4", "--out", "whole") == 0
+    assert "128 comparisons" in capsys.readouterr().out and (tmp_path / "whole/before_after.png").stat().st_size > 1000
+    assert run("diffusion_dpo", *small, "--steps", "2", "--out", "part") == 0
+    assert run("--resume", "part", "--steps", "4", "--quiet") == 0  # draws and labels the same pairs again
+    a, b = (load_file(tmp_path / f"{name}/trainable.safetensors") for name in ("whole", "part"))
+    assert all((a[k] == b[k]).all() for k in a)
+    summary = json.loads((tmp_path / "whole/summary.json").read_text())
+    assert running.title_of(summary) == "diffusion_dpo on compass, labels by 'gold': 128 comparisons"
+    assert run("diffusion_dpo", *small, "--set", "labels=votes") == 2
+    assert "labels=votes: 'votes' is not one of 'reward', 'bradley_terry'" in capsys.readouterr().err
 
 
 def test_dragon_takes_rewards_of_a_set_and_of_samples_and_resumes(tmp_path, capsys, monkeypatch):

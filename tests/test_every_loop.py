@@ -26,6 +26,7 @@ from minialign.methods import (
     b2diffurl,
     constrained,
     ddpo,
+    diffusion_dpo,
     diffusion_nft,
     dragon,
     find_noise,
@@ -39,6 +40,7 @@ from minialign.methods import (
     rwr,
 )
 from minialign.methods import consistency_distillation as distillation
+from minialign.pairs import Pairs
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.initial_noise import NoisePolicy
 
@@ -152,6 +154,23 @@ def distillation_start():
     return list(student.network.parameters()), train
 
 
+def pairs_start(model="diffusion"):
+    def start():
+        world = worlds.load("compass", model=model, num_steps=5)
+        world.policy.network.double()
+        world.policy.to("cpu")
+        generator = torch.Generator().manual_seed(5)
+        first, second = torch.randn(2, 23, 2, dtype=torch.float64, generator=generator)
+        pairs = Pairs([world.prompts[i % 2] for i in range(23)], first, second)
+
+        def train(config, generator, resume=None, reward=None):
+            return diffusion_dpo.train(world.policy, pairs, config, generator, resume)
+
+        return world.policy.parameters(), train
+
+    return start
+
+
 def classifier_start(num_labels):
     def start():
         model = reward_model.RewardModel(network(num_labels=num_labels).double(), make_tokenizer())
@@ -200,6 +219,9 @@ RAFT = raft.Config(
 FIND = find_noise.Config(num_iterations=3, group_size=7, learning_rate=3e-3, reduction="sum")
 DRAGON = dragon.Config(num_iterations=3, num_prompts=7, num_updates=4, minibatch_size=5)
 SETS = dataclasses.replace(DRAGON, selection="distribution", paired=False, objective="kto")
+DPO = diffusion_dpo.Config(
+    num_iterations=3, batch_size=15, pairs_per_pass=15, beta=40.0, learning_rate=3e-3, warmup_updates=5
+)
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -262,6 +284,11 @@ LOOPS = {
     ),
     "dragon": Loop(on_compass(dragon), DRAGON),
     "dragon on sets": Loop(on_compass(dragon, of_a_set), SETS),
+    "diffusion_dpo": Loop(pairs_start(), DPO, dict(pairs_per_pass=4), still=None),
+    "diffusion_dpo, a flow's noise as errors, not shared": Loop(
+        pairs_start("flow"), dataclasses.replace(DPO, shared_noise=False, target="epsilon", loss="ipo"),
+        dict(pairs_per_pass=4), still=None,
+    ),
     "distillation": Loop(
         distillation_start, distillation.Config(num_iterations=3, batch_size=15, learning_rate=1e-3), still=None
     ),

@@ -1,4 +1,4 @@
-"""Diffusion-DPO: direct preference optimisation of diffusion models (Wallace et al., CVPR 2024, arXiv 2311.12908).
+"""Diffusion-DPO: direct preference optimisation of diffusion models (Wallace et al., 2023, arXiv 2311.12908).
 
 People say which of two images is better. A reward model and RL could follow; DPO goes straight to the policy whose
 implicit reward beta log(pi / pi_ref) explains the labels best. For a diffusion model log pi(x_0) is a sum over paths
@@ -34,11 +34,13 @@ from minialign.kernels import (
     pair_accuracy,
     soft_label_loss,
 )
-from minialign.loop import Run, Step, check_policy, own_rows
+from minialign.loop import Run, Step, check_policy, num_processes, own_rows
 from minialign.pairs import Pairs
 from minialign.policies.noise import row_noise
 from minialign.policies.trajectory import Condition
-from minialign.settings import Count, Fraction, Limit, Natural, NonNegative, Positive, Settings
+from minialign.settings import Count, Fraction, Limit, Natural, NonNegative, Positive, Settings, demand
+
+PROMPTS_PER_CALL = 256  # of the text encoder, where all are tried before training
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,7 @@ class Config(Settings):
     label_smoothing: Fraction = 0.0  # probability that a label is wrong ("dpo": conservative DPO)
     shared_noise: bool = True  # one noise for both images of a pair (paper's text: two)
     target: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None  # whose errors; None: as predicted
-    prompt_dropout: Fraction = (
-        0.0  # share of pairs trained without their prompt, where guidance will be used (paper: .2)
-    )
+    prompt_dropout: Fraction = 0.0  # share of pairs trained without their prompt, for guidance later (authors: .2)
     learning_rate: NonNegative = 3e-4  # AdamW (paper: 2.048e-5 for all weights)
     warmup_updates: Natural = 20  # over which it rises
     weight_decay: NonNegative = 0.0
@@ -101,13 +101,19 @@ def pair_errors(
     """
     latents, drawn = torch.cat([pairs.chosen, pairs.rejected]).to(policy.device), torch.cat(noise)
     both = torch.arange(len(levels), device=levels.device).repeat(2)  # [w; l]: never interleaved
-    levels, condition = levels[both], condition[both]
-    weight = 1.0 if target is None else error_weight(policy.target, target, *policy.signal_and_noise(levels))
-    errors = [
-        weight * policy.training_error(latents, levels, drawn, condition, reduction=reduction, reference=reference)
-        for reference in (False, True)
-    ]
+    errors = denoising_errors(policy, latents, condition[both], levels[both], drawn, reduction, target)
     return PairErrors(*(part for error in errors for part in error.chunk(2)))
+
+
+def denoising_errors(
+    policy, latents: Tensor, condition: Condition, levels: Tensor, noise: Tensor, reduction: str, target: str | None
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """(errors under the weights, under the reference) of the same noisy samples, (n,) each."""
+    weight = 1.0 if target is None else error_weight(policy.target, target, *policy.signal_and_noise(levels))
+    given = latents, levels, noise, condition
+    return tuple(
+        weight * policy.training_error(*given, reduction=reduction, reference=reference) for reference in (False, True)
+    )
 
 
 def preference_loss(errors: PairErrors, config: Config, weight: Tensor | float = 1.0) -> Float[Tensor, "n"]:
@@ -125,12 +131,14 @@ def preference_loss(errors: PairErrors, config: Config, weight: Tensor | float =
     return dpo_loss(chosen, rejected, config.beta)
 
 
-def without_prompt(condition: Condition, unprompted: Condition, dropped: Tensor) -> Condition:
-    """The condition with rows `dropped` (n,) of it taken from `unprompted`, the network's inputs without a prompt."""
-    inputs = {
-        name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), unprompted.unconditional[name], value)
-        for name, value in condition.inputs.items()
-    }
+def without_prompt(condition: Condition, dropped: Tensor) -> Condition:
+    """A condition encoded with guided=True, its rows `dropped` (n,) bool as the network has them without a prompt.
+
+    What does not depend on the prompt (an embedded guidance scale) stays.
+    """
+    inputs = dict(condition.inputs)
+    for name, nothing in condition.unconditional.items():
+        inputs[name] = torch.where(dropped.view(-1, *[1] * (nothing.ndim - 1)), nothing, inputs[name])
     return Condition(inputs, {}, condition.shared, condition.rows)
 
 
@@ -151,6 +159,7 @@ def train(
     """Trains `policy` in place on labelled pairs of its states; yields a `Step` an update.
 
     Metrics: `loss`, `accuracy` of the implicit reward on the step's pairs, `margin`, and the errors of either image.
+    The cost `comparisons` counts pairs trained on, again where they come again. Errors are unguided.
     What later papers change: noiser(policy, latents, levels, condition, noise) -> the noise to corrupt with (INPO's
     inversion), levels(n, generator) -> (n,) (PSO's few), weights (pairs,) on the logits (SmPO).
     generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint.
@@ -174,7 +183,7 @@ def train(
             batch, drawn = pairs[rows[here]], (noise[part, 0], noise[part, -1])
             condition = policy.encode(batch.prompts, guided=config.prompt_dropout > 0)
             if config.prompt_dropout:
-                condition = without_prompt(condition, condition, dropped[here.to(policy.device)])
+                condition = without_prompt(condition, dropped[here.to(policy.device)])
             t = level[here.to(level.device)]
             if noiser is not None:
                 sides = zip((batch.chosen, batch.rejected), drawn, strict=True)
@@ -189,7 +198,7 @@ def train(
 
 def check(policy, pairs: Pairs, config: Config, weights: Tensor | None = None) -> None:
     """Raises ValueError for a policy, pairs or weights that cannot train, before anything is spent."""
-    check_policy(policy, "training_error")
+    check_policy(policy, "rollout")
     if not isinstance(pairs, Pairs):
         raise ValueError(f"the data is a {type(pairs).__name__}; expected Pairs, as draw_pairs gives them.")
     shape = tuple(pairs.chosen.shape[1:]) if isinstance(pairs.chosen, Tensor) else "texts"
@@ -198,11 +207,23 @@ def check(policy, pairs: Pairs, config: Config, weights: Tensor | None = None) -
             f"the pairs hold {shape}; this policy's states have shape {tuple(policy.latent_shape)}: encode images "
             "with its autoencoder before (Pairs.from_images(encode=...))."
         )
+    if min(config.batch_size, len(pairs)) < num_processes():
+        raise ValueError(
+            f"a step has {min(config.batch_size, len(pairs))} of {len(pairs)} pairs, for {num_processes()} processes; "
+            "each needs one: raise batch_size, bring more pairs, or start fewer processes."
+        )
     if config.label_smoothing and config.loss != "dpo":
         raise ValueError(f"label_smoothing belongs to loss 'dpo', not {config.loss!r}: leave it at 0.")
     if weights is not None and (weights.shape != (len(pairs),) or not (weights >= 0).all()):
         raise ValueError(f"weights have shape {tuple(weights.shape)}; expected ({len(pairs)},), none below 0.")
-    policy.encode(pairs.prompts)
+    prompts = list(dict.fromkeys(pairs.prompts))
+    for first in range(0, len(prompts), PROMPTS_PER_CALL):
+        condition = policy.encode(prompts[first : first + PROMPTS_PER_CALL], guided=config.prompt_dropout > 0)
+    if config.prompt_dropout and not condition.unconditional:
+        raise ValueError(
+            f"prompt_dropout is {config.prompt_dropout}, but this policy's network has no input that stands for no "
+            "prompt: leave it at 0, or give class names a null_class."
+        )
 
 
 def implicit_reward(
@@ -212,14 +233,14 @@ def implicit_reward(
 
     Its accuracy on held-out pairs: `pair_accuracy` of both sides under the same generator's state.
     """
-    condition, total = policy.encode(prompts), 0.0
+    demand(Count, num_draws=num_draws)
+    condition, total, n = policy.encode(prompts, guided=False), 0.0, len(latents)
     with torch.no_grad():
         for _ in range(num_draws):
-            level = policy.draw_levels(1, generator).expand(len(latents))
+            level = policy.draw_levels(1, generator).expand(n)
             noise = torch.randn(policy.latent_shape, generator=generator, dtype=policy.state_dtype).to(policy.device)
-            given = latents.to(policy.device), level, noise.expand(len(latents), *noise.shape), condition
-            errors = [policy.training_error(*given, reduction="mean", reference=ref) for ref in (False, True)]
-            total = total + denoising_log_ratio(*errors)
+            given = latents.to(policy.device), condition, level, noise.expand(n, *noise.shape)
+            total = total + denoising_log_ratio(*denoising_errors(policy, *given, "mean", config.target))
     return config.beta * total / num_draws
 
 

@@ -19,6 +19,7 @@ import claim_consistency
 import claim_constrained
 import claim_constrained_assistant
 import claim_ddpo
+import claim_diffusion_dpo
 import claim_dragon
 import claim_dragon_rewards
 import claim_find_noise
@@ -49,6 +50,7 @@ CLAIMS = {
     "constrained": claim_constrained,
     "constrained_assistant": claim_constrained_assistant,
     "ddpo": claim_ddpo,
+    "diffusion_dpo": claim_diffusion_dpo,
     "grpo": claim_grpo,
     "grpo_shapes": claim_grpo_shapes,
     "find_noise": claim_find_noise,
@@ -347,6 +349,28 @@ def test_one_seed_of_dragon(monkeypatch):
     found = claim_dragon.table_run(0)
     assert found["r_dataset, swaps"] > found["r_dataset, chance"] + 0.5
     claim_dragon.base_weights.cache_clear()
+
+
+def test_diffusion_dpo_can_fail():
+    stored = json.loads((HERE / "results/diffusion_dpo.json").read_text())["runs"]
+    before = failed(claim_diffusion_dpo.verdict(stored))
+    for arm, other, bar in (
+        ("DPO", "SFT", "(a) reward after 200 steps, DPO minus SFT"),
+        ("scorer", "people", "(b) reward after 100 steps, a scorer's labels minus people's"),
+        ("one noise", "two noises", "(c) reward after 400 steps, one noise minus two"),
+    ):
+        same = {r["seed"]: r["reward"] for r in stored if (r["world"], r["arm"]) == ("ring", other)}
+        useless = [r | ({"reward": same[r["seed"]]} if (r["world"], r["arm"]) == ("ring", arm) else {}) for r in stored]
+        assert bar in failed(claim_diffusion_dpo.verdict(useless)) - before, bar
+
+
+def test_one_seed_of_diffusion_dpo(monkeypatch):
+    # stored, five seeds, after 200 steps: base -.00 +- .02, SFT .63 +- .08, DPO 1.15 +- .06, shuffled .02 +- .02
+    monkeypatch.setattr(claim_diffusion_dpo, "EXAMINED", 800)
+    monkeypatch.setattr(claim_diffusion_dpo, "NUM_PAIRS", 1000)
+    ours, sft = (claim_diffusion_dpo.ring_run(arm, 0, num_steps=60) for arm in ("DPO", "SFT"))
+    assert ours["reward"] > sft["reward"] + 0.1 and sft["reward"] > sft["base"] + 0.3
+    assert sft["network_evaluations"] == 60 * 256 * 3 and ours["network_evaluations"] == 60 * 256 * 8
 
 
 def test_the_tables_quote_the_stored_verdicts(capsys):
