@@ -13,8 +13,9 @@ differentiated by itself, on images that the model draws now.
     all pairs of the images of a prompt, ties left out (7 of them, scripts/train.py)  every_pair
 
 At the weights of the reference the gradient is beta times that of a policy gradient whose advantages are 1 and -1.
-As in the code, not the paper: log-probabilities are means over the latent's D elements (`reduction`), and the ratios are
-clipped. That, not beta, holds the policy: with beta = eps = .1 the loss lives in .693 +- .010, whatever is learned.
+As in the code, not the paper: log-probabilities are means over the latent's D elements (`reduction`), and the ratios
+are clipped. With beta = eps = .1 the loss then lives in .693 +- .010, whatever is learned. The clip, not beta, is the
+leash, and a long one: it takes a gradient away and pulls nothing back, so that several steps a round walk past it.
 As in neither: ties are left out before anything is spent on them, so that they do not shrink a step; log sigmoid is
 stable; steps are not shuffled, for one optimizer step sees the sum over all of them.
 """
@@ -48,7 +49,9 @@ class Config(Settings):
     clip_range: Limit = 0.1  # on a step's ratio to the reference: below 1, or inf for none
     reduction: Literal["mean", "sum"] = "mean"  # of log-probabilities over the latent's D elements; the paper sums
     shared_start: bool = True  # the images of a prompt start from one x_T
-    refresh_reference: bool = False  # each round's own model is its reference: no anchor. As with people, for few rounds
+    refresh_reference: bool = (
+        False  # each round's own model is its reference: no anchor. As with people, for few rounds
+    )
     learning_rate: NonNegative = 3e-4  # AdamW, LoRA (paper: 3e-5)
     warmup_updates: Natural = 0  # over which it rises
     weight_decay: NonNegative = 1e-4
@@ -71,9 +74,7 @@ def every_pair(num_groups: int, size: int, device: torch.device | str = "cpu") -
     return (torch.arange(num_groups, device=device).view(-1, 1, 1) * size + within).flatten(0, 1)
 
 
-def chosen_and_rejected(
-    pairs: Int[Tensor, "pairs 2"], preference: Float[Tensor, "pairs"]
-) -> Int[Tensor, "decided 2"]:
+def chosen_and_rejected(pairs: Int[Tensor, "pairs 2"], preference: Float[Tensor, "pairs"]) -> Int[Tensor, "decided 2"]:
     """(better, worse) rows, in the order of pairs, without the ties."""
     ordered = torch.where((preference > 0.5).unsqueeze(1), pairs, pairs.flip(1))
     return ordered[preference != 0.5]
@@ -111,9 +112,10 @@ def compared(
         answer = judge(first, second, asked, generator)
         preference = torch.as_tensor(answer[0] if isinstance(answer, tuple) else answer).to(pairs.device).float()
         if preference.shape != (len(pairs),) or not torch.isin(preference, preference.new_tensor([0, 0.5, 1])).all():
+            gave = f"{preference.flatten().tolist()[:4]}, shape {tuple(preference.shape)}"
             raise ValueError(
-                f"the labeller gave {preference.tolist()[:4]}, shape {tuple(preference.shape)}, for {len(pairs)} pairs; "
-                f"expected ({len(pairs)},): 1 where the first is better, 0 where the second is, 1/2 for a tie."
+                f"the labeller gave {gave}, for {len(pairs)} pairs; expected ({len(pairs)},): 1 where the first is "
+                "better, 0 where the second is, 1/2 for a tie."
             )
         return preference, {}
     scores = torch.stack([batch.gather(checked(reward, samples, batch.own_prompts)) for reward in judge])
@@ -135,7 +137,8 @@ def pair_loss(policy, traj, pairs: Tensor, places: Tensor, log_prob_ref: Tensor,
 def check(policy, reward, prompts: Sequence[Hashable], config: Config, labeller: Labeller | None) -> None:
     """Raises ValueError for settings that cannot train, before anything is spent."""
     check_policy(policy, "rollout")
-    if (reward is None) == (labeller is None):
+    given = callable(reward) or bool(reward)
+    if given == (labeller is not None):
         raise ValueError("who compares? Give a reward (or several), or labeller= and the reward None.")
     if config.group_size < 2:
         raise ValueError("group_size is 1; D3PO compares the images of a prompt with each other: give at least 2.")
@@ -157,7 +160,8 @@ def train(
     check(policy, reward, prompts, config, labeller)
     rewards = [] if reward is None else [reward] if callable(reward) else list(reward)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    kept = {f"reward{i}": one for i, one in enumerate(rewards)} if len(rewards) > 1 else {"reward": reward or labeller}
+    judges = rewards or [labeller]
+    kept = {f"reward{i}": one for i, one in enumerate(judges)} if len(judges) > 1 else {"reward": judges[0]}
     run = Run(config, optimizer, generator, resume, [policy], **kept)
     size, steps = config.group_size, torch.arange(policy.num_actions, device=policy.device)
     for _ in run.rounds():
@@ -199,8 +203,13 @@ def floor(policy, config: Config, metrics: dict) -> dict:
     over the minibatches forward and backward."""
     rows = config.num_prompts * config.group_size
     decided = round((1 - float(metrics["tied"])) * config.num_prompts * config.group_size * (config.group_size - 1) / 2)
-    sizes = [decided // config.num_minibatches + (i < decided % config.num_minibatches) for i in range(config.num_minibatches)]
-    per_pass = [min(config.steps_per_pass, policy.num_actions - i) for i in range(0, policy.num_actions, config.steps_per_pass)]
+    sizes = [
+        decided // config.num_minibatches + (i < decided % config.num_minibatches)
+        for i in range(config.num_minibatches)
+    ]
+    per_pass = [
+        min(config.steps_per_pass, policy.num_actions - i) for i in range(0, policy.num_actions, config.steps_per_pass)
+    ]
     states = [min(2 * pairs, rows) * width for pairs in sizes if pairs for width in per_pass]
     reference = [] if config.refresh_reference else states
     return {"forward": [rows] * policy.num_steps + reference, "backward": states * config.num_epochs}
