@@ -191,7 +191,7 @@ def train(
                     run.backward(loss, info, mini.share * len(places) / len(steps))
                 run.update()
 
-        metrics |= {"tied": 1 - len(pairs) / len(asked), "log_ratio": log_ratio[pairs.unique()].mean()}
+        metrics |= {"tied": 1 - len(pairs) / len(asked), "log_ratio": log_ratio.mean()}
         yield run.step(metrics, reward_queries=len(batch) * len(rewards), comparisons=len(asked))
 
 
