@@ -59,10 +59,10 @@ def _steps(g, dtype=torch.float64, shape=(4, 5), clip_range=0.2):
 
 
 def _one(chosen, rejected):
-    """One pair of one step, log-ratios as given, beta = eps = .1."""
+    """One pair of one step, log-ratios as given; beta is large, so that a mistake shows in the loss."""
     ref = torch.tensor([[-1.0]], dtype=torch.float64)
     return dict(
-        chosen=ref + chosen, rejected=ref + rejected, chosen_ref=ref, rejected_ref=ref.clone(), beta=0.1, clip_range=0.1
+        chosen=ref + chosen, rejected=ref + rejected, chosen_ref=ref, rejected_ref=ref.clone(), beta=5.0, clip_range=0.2
     )
 
 
@@ -72,11 +72,10 @@ PREFERENCE_LOSS = Exercise(
     reference=preference_loss,
     grad_wrt=("chosen", "rejected"),
     cases={
-        "at the reference": _one(0.0, 0.0),
-        "inside the clip": _one(0.05, -0.02),
-        "the chosen one above the clip": _one(0.3, 0.0),
-        "the chosen one below the clip": _one(-0.4, 0.0),
-        "the rejected one below the clip": _one(0.0, -0.4),
+        "inside the clip": _one(0.12, -0.05),
+        "the chosen one above the clip": _one(0.4, 0.05),
+        "the chosen one below the clip": _one(-0.4, 0.05),
+        "the rejected one below the clip": _one(0.05, -0.4),
         "several pairs and steps": _steps,
         "float32": lambda g: _steps(g, torch.float32, (3, 2), 0.1),
     },
@@ -220,7 +219,11 @@ DOMINATES = Exercise(
         "rewards were added up: 40 points of one would then buy 10 of another, and nobody said at what price.": _by(
             lambda a, b: a.sum(0) > b.sum(0)
         ),
-        "better by SOME reward is not enough: it must be worse by none.": _by(lambda a, b: (a > b).any(0)),
+        "better by SOME reward is not enough: it must be worse by none.": (
+            lambda first, second: torch.where(
+                (first > second).any(0), 1.0, torch.where((first < second).any(0), 0.0, 0.5)
+            )
+        ),
         "better by EVERY reward is too much: equal ones do not spoil it.": _by(lambda a, b: (a > b).all(0)),
         "two that are equal in everything are a tie.": (
             lambda first, second: (

@@ -20,12 +20,11 @@ def loss_by_bounds(chosen, rejected, chosen_ref, rejected_ref, beta, clip_range)
     return F.softplus(beta * (worse - better)).mean()
 
 
-def loss_by_quotient(chosen, rejected, chosen_ref, rejected_ref, beta, clip_range):
-    ratios = [
-        (a - b).exp().clip(1 - clip_range, 1 + clip_range) for a, b in ((chosen, chosen_ref), (rejected, rejected_ref))
-    ]
-    odds = (ratios[0] / ratios[1]) ** beta
-    return torch.log1p(1 / odds).mean()
+def loss_by_sides(chosen, rejected, chosen_ref, rejected_ref, beta, clip_range):
+    log_ratio = torch.stack([chosen - chosen_ref, rejected - rejected_ref])
+    kept = log_ratio.exp().clip(1 - clip_range, 1 + clip_range).log()
+    logit = beta * kept[0] - beta * kept[1]
+    return -logit.sigmoid().log().mean()
 
 
 def slopes_by_formula(chosen, rejected, beta, clip_range):
@@ -41,8 +40,7 @@ def slopes_by_where(chosen, rejected, beta, clip_range):
     ratio_w, ratio_l = chosen.exp(), rejected.exp()
     near_w = ratio_w.clamp(1 - clip_range, 1 + clip_range)
     near_l = ratio_l.clamp(1 - clip_range, 1 + clip_range)
-    odds = (near_w / near_l) ** beta
-    pull = beta / (1 + odds)
+    pull = beta * torch.sigmoid(beta * (near_l.log() - near_w.log()))
     zero = torch.zeros_like(pull)
     return torch.where(ratio_w == near_w, -pull, zero), torch.where(ratio_l == near_l, pull, zero)
 
@@ -87,7 +85,7 @@ def shift_by_slopes(std, slope, beta):
 
 
 FORMS = {
-    "21/preference_loss": [loss_by_ratios, loss_by_bounds, loss_by_quotient],
+    "21/preference_loss": [loss_by_ratios, loss_by_bounds, loss_by_sides],
     "21/slopes": [slopes_by_formula, slopes_by_where, slopes_by_autograd],
     "21/dominates": [dominates_by_labels, dominates_by_differences, dominates_by_where],
     "21/best_shift": [shift_by_variance, shift_by_slopes],
