@@ -1,4 +1,4 @@
-"""D3PO: direct preference for denoising diffusion policy optimisation (Yang et al., CVPR 2024, arXiv 2311.13231).
+"""D3PO: direct preference for denoising diffusion policy optimisation (Yang et al., 2023, arXiv 2311.13231, CVPR 2024).
 
 Somebody compares two images; nobody says how good they are, and no reward model is fitted. Denoising is an episode, so
 take the verdict on two final images as a verdict on every pair of actions that led there, step by step, as if all moves

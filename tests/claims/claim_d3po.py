@@ -74,7 +74,7 @@ def ring_run(arm: str, seed: int, rounds: int = ROUNDS) -> dict:
         spent = policy.network_evaluations
         samples = policy.sample(world.prompts * len(noise), noise)
         policy.network_evaluations = spent  # looking is not charged
-        values = number, float(reward(samples, None).mean()), float(world.mixture.log_prob(samples).mean())
+        values = number, float(reward(samples, world.prompts).mean()), float(world.mixture.log_prob(samples).mean())
         for name, value in zip(curve, values, strict=True):
             curve[name].append(round(value, 4))
 
