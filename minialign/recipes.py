@@ -80,6 +80,17 @@ RECIPES = {
     ("rlcm", "digits"): dict(num_iterations=32, learning_rate=1e-3, num_minibatches=2),
     ("rlcm", "compass"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
     ("rlcm", "ring"): dict(num_iterations=40, num_prompts=256, group_size=1, learning_rate=1e-3, clip_range=0.1),
+    # with more steps it goes on past what can be read
+    ("d3po", "digits"): dict(
+        num_iterations=11, num_prompts=64, num_minibatches=2, learning_rate=5e-4, steps_per_pass=5
+    ),
+    ("d3po", "shapes"): dict(
+        num_iterations=30, num_prompts=64, num_minibatches=1, learning_rate=1e-3, warmup_updates=5, steps_per_pass=6
+    ),
+    # one step a round: several walk past the clip (see tests/claims)
+    ("d3po", "compass"): dict(num_prompts=128, num_minibatches=1, learning_rate=3e-3, steps_per_pass=20),
+    ("d3po", "ring"): dict(num_prompts=64, num_minibatches=1, learning_rate=1e-3, steps_per_pass=20),
+    ("d3po", "line"): dict(num_prompts=64, num_minibatches=1, learning_rate=3e-2, steps_per_pass=20),
     # none for shapes: at four settings, 15 to 25 rounds, two minutes each, its 0/1 oracle did not rise
     ("prdp", "digits"): dict(num_iterations=24, num_updates=2, beta=0.005, clip_range=0.2, learning_rate=1e-3),
     ("prdp", "crowd"): dict(num_iterations=60, beta=0.5, learning_rate=1e-3, weight_decay=0.0, prompts_per_pass=16),
@@ -149,6 +160,7 @@ RECIPES = {
 
 # Rewards to train on, where they are not the world's default.
 REWARDS = {
+    ("d3po", "shapes"): ("graded",),  # of two that are wrong, one is less so: fewer ties
     ("find_noise", "ring"): ("on_mode",),
     ("par", "assistant"): ("courtesies",),
     ("constrained", "assistant"): ("right", "courtesies"),

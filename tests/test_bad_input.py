@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minialign import cli, kernels, loop, measure, rewards, statistics, worlds
-from minialign.methods import CATALOGUE, b2diffurl, constrained, ddpo, par, ppo, prdp, rlcm, rwr
+from minialign.methods import CATALOGUE, b2diffurl, constrained, d3po, ddpo, par, ppo, prdp, rlcm, rwr
 from minialign.settings import annotations, fits
 
 FILES = {
@@ -231,6 +231,9 @@ next(rlcm.train(compass(), first, ["inner"]))  =>  the policy is a DiffusionPoli
 next(b2diffurl.train(compass(), first, "inner"))  =>  prompts is the string 'inner'; expected a list of strings: [
 next(prdp.train(compass(), first, ["inner"], prdp.Config(group_size=1)))  =>  group_size is 1; PRDP compares the
 next(prdp.train(tokens(), first, ["inner"]))  =>  the policy is a LanguagePolicy; this method needs one that d
+next(d3po.train(compass(), first, ["inner"], d3po.Config(clip_range=1.0)))  =>  clip_range is 1.0; expected a number b
+next(d3po.train(compass(), None, ["inner"]))  =>  who compares? Give a reward
+d3po.pareto(zeros(1, 3), zeros(1, 1))  =>  expected one shape
 prdp.prdp_loss(zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 1), 1., .1)  =>  got rewards (2, 1)
 prdp.prdp_loss(zeros(2, 3, 4), zeros(2, 3, 1), zeros(2, 3, 4), zeros(2, 3), 1., .1)  =>  expected one shape
 load("crowd", num_prompts=0)  =>  num_prompts is 0; expected a whole number of at least 1.
@@ -319,7 +322,7 @@ def in_world(name: str):
 
 NAMES = dict(
     kernels=kernels, loop=loop, measure=measure, rewards=rewards, statistics=statistics, load=worlds.load, torch=torch,
-    b2diffurl=b2diffurl, constrained=constrained, ddpo=ddpo, par=par, ppo=ppo, prdp=prdp, rlcm=rlcm, rwr=rwr,
+    b2diffurl=b2diffurl, constrained=constrained, d3po=d3po, ddpo=ddpo, par=par, ppo=ppo, prdp=prdp, rlcm=rlcm, rwr=rwr,
     zeros=torch.zeros, nan=float("nan"), first=lambda samples, prompts: samples[:, 0],
     compass=in_world("compass"), tokens=in_world("tokens"), assistant=in_world("assistant"),
 )  # fmt: skip

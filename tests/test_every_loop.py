@@ -25,6 +25,7 @@ from minialign.loop import load_checkpoint, save_checkpoint
 from minialign.methods import (
     b2diffurl,
     constrained,
+    d3po,
     ddpo,
     diffusion_dpo,
     diffusion_nft,
@@ -40,7 +41,7 @@ from minialign.methods import (
     rwr,
 )
 from minialign.methods import consistency_distillation as distillation
-from minialign.pairs import Pairs
+from minialign.pairs import Pairs, bradley_terry
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.initial_noise import NoisePolicy
 
@@ -96,6 +97,14 @@ def of_a_set(reward):
 
 def shaped(reward):
     return par.Shaped(reward, config=par.Config("clip"))
+
+
+class Judged:
+    """d3po, compared by somebody who errs, with random numbers of the run."""
+
+    @staticmethod
+    def train(policy, reward, prompts, config, generator, resume):
+        return d3po.train(policy, None, prompts, config, generator, resume, labeller=bradley_terry(reward))
 
 
 def consistency_start():
@@ -197,6 +206,10 @@ PRDP = prdp.Config(
     num_iterations=3, num_prompts=7, group_size=3, num_updates=2, beta=0.5, clip_range=0.01, learning_rate=3e-3,
     prompts_per_pass=3, weight_decay=0.0,
 )  # fmt: skip
+D3PO = d3po.Config(
+    num_iterations=3, num_prompts=7, num_minibatches=2, beta=1.0, clip_range=0.01, learning_rate=3e-3, steps_per_pass=5,
+    warmup_updates=5, weight_decay=0.0,
+)  # fmt: skip
 PPO = ppo.Config(
     num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, num_epochs=2, learning_rate=0.03,
     kl_target=0.01, kl_horizon=50,
@@ -253,6 +266,14 @@ LOOPS = {
     "prdp by steps": Loop(
         on_compass(prdp), dataclasses.replace(PRDP, steps_per_pass=3, ties=True, shared_start=True),
         dict(steps_per_pass=2), dict(num_iterations=1, num_updates=1),
+    ),
+    "d3po": Loop(on_compass(d3po), D3PO, dict(steps_per_pass=2), ONCE),
+    "d3po by groups, two rewards": Loop(
+        on_compass(d3po, several), dataclasses.replace(D3PO, group_size=3, shared_start=False, num_epochs=2),
+        dict(steps_per_pass=3), ONCE,
+    ),
+    "d3po by a labeller": Loop(
+        on_compass(Judged), dataclasses.replace(D3PO, refresh_reference=True), dict(steps_per_pass=2), ONCE, None
     ),
     "find_noise": Loop(noise_start, FIND, {}, dict(num_iterations=1, num_epochs=1)),
     "find_noise with a network and a buffer": Loop(

@@ -133,6 +133,11 @@ CATALOGUE = {
             claims=("diffusion_dpo",),
         ),
         Method(
+            name="d3po", title="D3PO", authors="Yang et al.", year=2023, arxiv="2311.13231", chapter="21",
+            kind="trains", policies=("diffusion", "flow", "consistency"), world="shapes", claims=("d3po",),
+            several_rewards=True,
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -206,6 +211,10 @@ CHAPTERS = {
             "train a diffusion model on votes, by denoising errors alone, and say why a pair shares its noise",
         ),
         Chapter(
+            "21_d3po", "D3PO",
+            "train a model on nothing but which of two pictures is better, step by step, and say what holds it",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),
@@ -227,7 +236,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "21": "D3PO", "22": "INPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
+    "22": "INPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",
     "60": "VPL", "61": "PAL", "62": "MiCRo", "63": "PPD", "70": "agents and tools",

@@ -35,11 +35,21 @@ def path_log_probs(
 
 @torch.no_grad()
 def reference_log_probs(
-    policy, traj: Trajectory, *, reduction: str, rows_per_pass: int, steps_per_pass: int
-) -> Float[Tensor, "batch steps"]:
-    """The whole trajectory under the reference; at most rows_per_pass times steps_per_pass rows in a network call."""
+    policy,
+    traj: Trajectory,
+    *,
+    reduction: str,
+    rows_per_pass: int,
+    steps_per_pass: int,
+    rows: Int[Tensor, "n"] | None = None,
+) -> Float[Tensor, "n steps"]:
+    """The whole trajectory, or some `rows` of it, under the reference; at most rows_per_pass times steps_per_pass rows
+    in a network call."""
     num_rows, num_steps = traj.log_probs.shape
-    rows, steps = (torch.arange(n, device=traj.log_probs.device) for n in (num_rows, num_steps))
+    every_row, steps = (torch.arange(n, device=traj.log_probs.device) for n in (num_rows, num_steps))
+    rows = every_row if rows is None else rows
+    if len(rows) == 0:
+        return traj.log_probs[rows]
     passes = [
         [path_log_probs(policy, traj, r, s, reduction=reduction, reference=True) for s in steps.split(steps_per_pass)]
         for r in rows.split(rows_per_pass)

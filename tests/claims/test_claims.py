@@ -18,6 +18,7 @@ import claim_b2diffurl_shapes
 import claim_consistency
 import claim_constrained
 import claim_constrained_assistant
+import claim_d3po
 import claim_ddpo
 import claim_diffusion_dpo
 import claim_dragon
@@ -49,6 +50,7 @@ CLAIMS = {
     "consistency": claim_consistency,
     "constrained": claim_constrained,
     "constrained_assistant": claim_constrained_assistant,
+    "d3po": claim_d3po,
     "ddpo": claim_ddpo,
     "diffusion_dpo": claim_diffusion_dpo,
     "grpo": claim_grpo,
@@ -293,6 +295,29 @@ def test_one_seed_of_b2diffurl_and_of_ddpo():
     ours, ddpo = (claim_b2diffurl.compass_run(method, 0.01, 0) for method in ("B2 official", "DDPO"))
     assert ours["entropy"] - ddpo["entropy"] > 0.1
     assert ours["network_evaluations"] < 0.6 * ddpo["network_evaluations"] and ours["queries"] > ddpo["queries"]
+
+
+def test_d3po_can_fail():
+    stored = json.loads((HERE / "results/d3po.json").read_text())["runs"]
+    kept = failed(claim_d3po.verdict(stored))
+    for arm, key, change, bar in (
+        ("D3PO", "reward", lambda x: 0.6 * x, "reward of D3PO after 60 rounds"),
+        ("D3PO", "log_p", lambda x: 2 * x, "mean log p of D3PO's samples, the worst seed"),
+        ("D3PO without clip", "log_p", lambda x: x / 3, "the same without the clip, the best seed"),
+    ):
+        bent = [r | ({key: list(map(change, r[key]))} if r["arm"] == arm else {}) for r in stored]
+        assert bar in failed(claim_d3po.verdict(bent)) - kept, bar
+    weaker = [r | ({"reward": [0.5 * x for x in r["reward"]]} if r["arm"].startswith("SFT") else
+                   {"reward": [min(x, 2.0) for x in r["reward"]]} if r["arm"] == "DDPO" else {})
+              for r in stored]  # fmt: skip
+    assert claim_d3po.verdict(weaker)["verdict"] == "replicates"  # the two bars that fail
+
+
+def test_one_seed_of_d3po_and_of_its_unclipped_twin():
+    # stored, five seeds: 1.84 +- .07 after 40 rounds with log p near the data, 3.38 +- .38 and log p below -10 without
+    held, free = (claim_d3po.ring_run(arm, 0, rounds=36) for arm in ("D3PO", "D3PO without clip"))
+    assert held["reward"][-1] > 1.3 and held["log_p"][-1] > -4 > free["log_p"][-1]
+    assert held["comparisons"] == 36 * 64 and held["values_seen"] == 0
 
 
 def test_prdp_can_fail():

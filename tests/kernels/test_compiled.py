@@ -15,6 +15,7 @@ from minialign.kernels import Level
 from minialign.methods import (
     b2diffurl,
     consistency_distillation,
+    d3po,
     diffusion_nft,
     find_noise,
     grpo,
@@ -170,6 +171,9 @@ KERNELS_OF_METHODS = {
     ),
     "b2diffurl.branch_advantage": (lambda z: b2diffurl.branch_advantage(z), (Z_SCORES,)),
     "b2diffurl.select_extremes": (lambda z: b2diffurl.select_extremes(z, 0.5, -0.5), (Z_SCORES,)),
+    "d3po.step_loss": (lambda c, r: d3po.step_loss(c, r, 0.1, 0.3), (LOG_P, LOG_Q)),
+    "d3po.step_loss without clip": (lambda c, r: d3po.step_loss(c, r, 0.7, math.inf), (LOG_P, LOG_Q)),
+    "d3po.pareto": (lambda a, b: d3po.pareto(a, b), (Z_SCORES[:2], Z_SCORES[2:])),
     "prdp.differences": (lambda x: prdp.differences(x), (Z_SCORES,)),
     "prdp.prdp_loss": (lambda p, q, ref, r: prdp.prdp_loss(p, q, ref, r, 0.7, 0.5), (*PATHS, Z_SCORES[:2])),
     "prdp.prdp_loss with ties": (

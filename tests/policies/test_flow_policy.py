@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 
 from minialign import worlds
 from minialign.exact import LinearGaussianFlow
-from minialign.methods import b2diffurl, constrained, ddpo, dragon, prdp, raft, rwr
+from minialign.methods import b2diffurl, constrained, d3po, ddpo, dragon, prdp, raft, rwr
 from minialign.policies.diffusion import DiffusionPolicy
 from minialign.policies.flow import AsVelocity, FlowPolicy
 
@@ -237,6 +237,7 @@ LOOPS = {
     "constrained": (
         constrained, dict(num_prompts=64, thresholds=(2.0,), baseline="batch", learning_rate=0.02), [gold]
     ),
+    "d3po": (d3po, dict(num_prompts=32, num_minibatches=1, learning_rate=0.02), gold),
     "prdp": (prdp, dict(num_prompts=4, group_size=16, beta=0.5, learning_rate=0.02), gold),
     "raft": (raft, dict(num_prompts=16, group_size=8, num_epochs=4, learning_rate=0.02), gold),
     "rwr": (rwr, dict(batch_size=128, num_updates=8, beta=1.0, learning_rate=0.02), gold),
