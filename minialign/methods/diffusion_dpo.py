@@ -165,10 +165,8 @@ def train(
         level = (levels or policy.draw_levels)(n, run.generator)
         dropped = (torch.rand(n, generator=run.generator) < config.prompt_dropout).to(policy.device)
         own = own_rows(n)
-        noise = row_noise(
-            "standard_normal", n, (1 if config.shared_noise else 2, *policy.latent_shape), policy.state_dtype,
-            run.generator, own,
-        ).to(policy.device)  # fmt: skip
+        shape = (1 if config.shared_noise else 2, *getattr(noiser, "noise_shape", ()), *policy.latent_shape)
+        noise = row_noise("standard_normal", n, shape, policy.state_dtype, run.generator, own).to(policy.device)
         for part in torch.arange(len(own)).split(config.pairs_per_pass):
             here = own[part]
             batch, drawn = pairs[rows[here]], (noise[part, 0], noise[part, -1])
