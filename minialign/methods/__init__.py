@@ -207,7 +207,7 @@ CHAPTERS = {
         ),
         Chapter(
             "22_inpo", "InPO",
-            "read a sampler backwards, learn from pairs where the model itself would have been, and count what it costs",
+            "read a sampler backwards, learn from pairs where the model itself would have been, and count the cost",
         ),
         Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",

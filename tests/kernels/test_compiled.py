@@ -71,10 +71,6 @@ CASES = {
         lambda a, b: kernels.posterior_std((b.sqrt(), (1 - b).sqrt()), (a.sqrt(), (1 - a).sqrt())),
         (A, A_NEXT),
     ),
-    "transport": (
-        lambda e, x, a, b: kernels.transport(e, x, (a.sqrt(), (1 - a).sqrt()), (b.sqrt(), (1 - b).sqrt())),
-        (X, Y, A, A_NEXT),
-    ),
     "ddim_alpha_bars": (lambda table, t: kernels.ddim_alpha_bars(table, t, 2, 0.99), (A, torch.tensor([4, 3, 1]))),
     "add_flow_noise": (lambda x, z, t: kernels.add_flow_noise(x, z, t), (X, Y, A)),
     "flow_diffusion": (lambda t: kernels.flow_diffusion(t, 0.7, "flow_grpo", t[1]), (A,)),

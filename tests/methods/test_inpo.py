@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "policies"))
 
-from test_inversion import NOTHING, GaussianPolicy, f64
+from test_inversion_exact import NOTHING, GaussianPolicy, f64
 
 from minialign import worlds
 from minialign.methods import diffusion_dpo, inpo
