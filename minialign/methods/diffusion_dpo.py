@@ -175,8 +175,9 @@ def train(
                 condition = without_prompt(condition, condition, dropped[here.to(policy.device)])
             t = level[here.to(level.device)]
             if noiser is not None:
-                sides = zip((batch.chosen, batch.rejected), drawn, strict=True)
-                drawn = tuple(noiser(policy, x.to(policy.device), t, condition, z) for x, z in sides)
+                latents = torch.cat([batch.chosen, batch.rejected]).to(policy.device)
+                both = torch.arange(len(t), device=t.device).repeat(2)  # in one call, as `pair_errors` does
+                drawn = noiser(policy, latents, t[both], condition[both], torch.cat(drawn)).chunk(2)
             errors = pair_errors(policy, batch, condition, t, drawn, target=config.target)
             weight = 1.0 if weights is None else weights[rows[here]].to(policy.device)
             loss = preference_loss(errors, config, weight).mean()

@@ -412,7 +412,7 @@ def test_inpo_can_fail():
 
 
 def test_one_seed_of_inpo(monkeypatch):
-    # stored, five seeds, 25 steps: SEE
+    # stored, five seeds, 25 steps: .331 +- .058 and .248 +- .043, log-density -2.12
     ours, theirs = (claim_inpo.ARMS[arm][:3] for arm in ("InPO", "Diffusion-DPO"))
     monkeypatch.setattr(claim_inpo, "SAMPLES", 1000)
     monkeypatch.setattr(claim_inpo, "ARMS", {"InPO": (*ours, (25,)), "Diffusion-DPO": (*theirs, (25,))})
