@@ -231,7 +231,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "20": "Diffusion-DPO", "21": "D3PO", "22": "InPO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
+    "20": "Diffusion-DPO", "21": "D3PO", "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",
     "60": "VPL", "61": "PAL", "62": "MiCRo", "63": "PPD", "70": "agents and tools",

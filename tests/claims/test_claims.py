@@ -414,7 +414,8 @@ def test_inpo_can_fail():
 def test_one_seed_of_inpo(monkeypatch):
     # stored, five seeds, 25 steps: .331 +- .058 and .248 +- .043, log-density -2.12
     ours, theirs = (claim_inpo.ARMS[arm][:3] for arm in ("InPO", "Diffusion-DPO"))
-    monkeypatch.setattr(claim_inpo, "SAMPLES", 1000)
+    monkeypatch.setattr(claim_inpo, "SAMPLES", 500)
+    monkeypatch.setattr(claim_inpo, "PAIRS", 1000)
     monkeypatch.setattr(claim_inpo, "ARMS", {"InPO": (*ours, (25,)), "Diffusion-DPO": (*theirs, (25,))})
     ours, theirs = (claim_inpo.ring_run(arm, 0) for arm in ("InPO", "Diffusion-DPO"))
     assert ours["reward"][1] > theirs["reward"][1] > 0.1 and ours["log_prob"][1] > -3
