@@ -63,6 +63,8 @@ RAFT_PICTURES = dict(
 )
 RAFT_EXACT = dict(num_iterations=6, num_epochs=60, rows_per_pass=256, learning_rate=3e-3)
 DPO_EXACT = dict(num_iterations=300, batch_size=256, pairs_per_pass=256)
+INPO_PICTURES = dict(num_iterations=60, pairs_per_pass=32)
+INPO_EXACT = dict(num_iterations=200, batch_size=256, pairs_per_pass=256, beta=60.0, learning_rate=1e-3)
 SWAPS = dict(selection="distribution", learning_rate=5e-4)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
@@ -122,6 +124,10 @@ RECIPES = {
     ("find_noise", "compass"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
     ("find_noise", "ring"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
     ("find_noise", "line"): dict(num_iterations=60, eta=0.0, **FIND_EXACT),
+    ("inpo", "digits"): INPO_PICTURES | dict(batch_size=64, pairs_per_pass=64, beta=600.0, learning_rate=3e-4),
+    ("inpo", "shapes"): INPO_PICTURES | dict(batch_size=32, beta=1000.0, learning_rate=1e-3, num_inversion_steps=3),
+    ("inpo", "compass"): INPO_EXACT,
+    ("inpo", "ring"): INPO_EXACT,
     # beta, of errors that are summed: some 220 a pixel, whatever the number of pixels
     ("dragon", "digits"): SWAPS | dict(num_iterations=8, num_prompts=96, num_updates=8, minibatch_size=64, beta=3.5),
     ("dragon", "shapes"): SWAPS | dict(num_iterations=6, num_prompts=32, num_updates=5, minibatch_size=24, beta=0.9),

@@ -32,6 +32,7 @@ from minialign.methods import (
     dragon,
     find_noise,
     grpo,
+    inpo,
     par,
     ppo,
     prdp,
@@ -132,6 +133,22 @@ def noise_start():
     return policy.parameters(), train
 
 
+def pairs_start(method, model="diffusion"):
+    def start():
+        world = worlds.load("compass", model=model, num_steps=5)
+        world.policy.network.double()
+        world.policy.to("cpu")
+        chosen, rejected = torch.randn(2, 23, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        pairs = Pairs([world.prompts[i % 2] for i in range(23)], chosen, rejected)
+
+        def train(config, generator, resume=None, reward=None):
+            return method.train(world.policy, pairs, config, generator, resume)
+
+        return world.policy.parameters(), train
+
+    return start
+
+
 def language_start(method, heads, wrap=lambda reward: reward):
     def start():
         world = worlds.load("tokens", num_prompts=3)
@@ -161,23 +178,6 @@ def distillation_start():
         return distillation.train(student, world.policy, data, config, generator, resume)
 
     return list(student.network.parameters()), train
-
-
-def pairs_start(model="diffusion"):
-    def start():
-        world = worlds.load("compass", model=model, num_steps=5)
-        world.policy.network.double()
-        world.policy.to("cpu")
-        generator = torch.Generator().manual_seed(5)
-        first, second = torch.randn(2, 23, 2, dtype=torch.float64, generator=generator)
-        pairs = Pairs([world.prompts[i % 2] for i in range(23)], first, second)
-
-        def train(config, generator, resume=None, reward=None):
-            return diffusion_dpo.train(world.policy, pairs, config, generator, resume)
-
-        return world.policy.parameters(), train
-
-    return start
 
 
 def classifier_start(num_labels):
@@ -230,6 +230,7 @@ RAFT = raft.Config(
     num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, learning_rate=0.03, beta=0.1
 )  # fmt: skip
 FIND = find_noise.Config(num_iterations=3, group_size=7, learning_rate=3e-3, reduction="sum")
+INPO = inpo.Config(num_iterations=3, batch_size=15, pairs_per_pass=6, beta=20.0, learning_rate=3e-3, warmup_updates=5)
 DRAGON = dragon.Config(num_iterations=3, num_prompts=7, num_updates=4, minibatch_size=5)
 SETS = dataclasses.replace(DRAGON, selection="distribution", paired=False, objective="kto")
 DPO = diffusion_dpo.Config(
@@ -305,9 +306,15 @@ LOOPS = {
     ),
     "dragon": Loop(on_compass(dragon), DRAGON),
     "dragon on sets": Loop(on_compass(dragon, of_a_set), SETS),
-    "diffusion_dpo": Loop(pairs_start(), DPO, dict(pairs_per_pass=4), still=None),
+    "diffusion_dpo": Loop(pairs_start(diffusion_dpo), DPO, dict(pairs_per_pass=4), still=None),
     "diffusion_dpo, a flow's noise as errors, not shared": Loop(
-        pairs_start("flow"), dataclasses.replace(DPO, shared_noise=False, target="epsilon", loss="ipo"),
+        pairs_start(diffusion_dpo, "flow"), dataclasses.replace(DPO, shared_noise=False, target="epsilon", loss="ipo"),
+        dict(pairs_per_pass=4), still=None,
+    ),
+    "inpo": Loop(pairs_start(inpo), INPO, dict(pairs_per_pass=4), still=None),
+    "inpo by the policy, with a random term": Loop(
+        pairs_start(inpo, "flow"),
+        dataclasses.replace(INPO, invert_with="policy", inversion_noise=0.1, shared_noise=False, num_inversion_steps=3),
         dict(pairs_per_pass=4), still=None,
     ),
     "distillation": Loop(

@@ -115,6 +115,19 @@ def transport(
     return signal_next / signal * (state - noise * noise_pred) + noise_next * noise_pred
 
 
+def posterior_std(
+    level: tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]],
+    level_next: tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]],
+) -> Float[Tensor, "batch"]:
+    """Of x at a level (signal, noise), given x_0 and x' at a noisier one: what a stochastic sampler adds going back.
+
+    noise / noise' sqrt(noise'^2 - (signal' noise / signal)^2). Limits: where signal^2 + noise^2 = 1, `ddim_std` at
+    eta = 1; 0 at a level without noise, and between equal levels.
+    """
+    (signal, noise), (signal_next, noise_next) = level, level_next
+    return noise / noise_next * (noise_next**2 - (signal_next * noise / signal) ** 2).clamp_min(0).sqrt()
+
+
 def ddim_alpha_bars(
     alphas_cumprod: Float[Tensor, "train_steps"], timesteps: Tensor, stride: int, final_alpha_bar: float
 ):

@@ -174,10 +174,8 @@ def train(
         level = (levels or policy.draw_levels)(n, run.generator)
         dropped = (torch.rand(n, generator=run.generator) < config.prompt_dropout).to(policy.device)
         own = own_rows(n)
-        noise = row_noise(
-            "standard_normal", n, (1 if config.shared_noise else 2, *policy.latent_shape), policy.state_dtype,
-            run.generator, own,
-        ).to(policy.device)  # fmt: skip
+        shape = (1 if config.shared_noise else 2, *getattr(noiser, "noise_shape", ()), *policy.latent_shape)
+        noise = row_noise("standard_normal", n, shape, policy.state_dtype, run.generator, own).to(policy.device)
         for part in torch.arange(len(own)).split(config.pairs_per_pass):
             here = own[part]
             batch, drawn = pairs[rows[here]], (noise[part, 0], noise[part, -1])
@@ -186,8 +184,9 @@ def train(
                 condition = without_prompt(condition, dropped[here.to(policy.device)])
             t = level[here.to(level.device)]
             if noiser is not None:
-                sides = zip((batch.chosen, batch.rejected), drawn, strict=True)
-                drawn = tuple(noiser(policy, x.to(policy.device), t, condition, z) for x, z in sides)
+                latents = torch.cat([batch.chosen, batch.rejected]).to(policy.device)
+                both = torch.arange(len(t), device=t.device).repeat(2)  # in one call, as `pair_errors` does
+                drawn = noiser(policy, latents, t[both], condition[both], torch.cat(drawn)).chunk(2)
             errors = pair_errors(policy, batch, condition, t, drawn, target=config.target)
             weight = 1.0 if weights is None else weights[rows[here]].to(policy.device)
             loss = preference_loss(errors, config, weight).mean()

@@ -12,7 +12,7 @@ level, and ends at a level of a fixed grid that is not the one it names; here ea
 import torch
 from torch import Tensor
 
-from minialign.kernels import expand_as, transport
+from minialign.kernels import expand_as, posterior_std, transport
 from minialign.policies.trajectory import Condition
 from minialign.settings import Count, demand
 
@@ -27,12 +27,14 @@ def invert(
     num_steps: int = 5,
     renoise: bool = False,
     reference: bool = True,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """The states (n, *latent) at `levels` (n,) from which the sampler would reach `latents`, which lie at level 0.
 
     levels: of a diffusion policy training timesteps, of a flow t; each row has a grid of num_steps equal steps, rounded
     to timesteps. renoise: each step twice, see above. reference: inverts with the base model, which does not drift
-    while the policy trains. Unguided. Evaluations: num_steps a row, twice that with renoise.
+    while the policy trains. noise (n, num_steps, *latent): added after each step, in the sampler's standard deviations
+    at eta = 1 (InPO's random term). Unguided. Evaluations: num_steps a row, twice that with renoise.
     """
     demand(Count, num_steps=num_steps)
     states, before = latents.to(policy.state_dtype), torch.zeros_like(levels)
@@ -40,16 +42,21 @@ def invert(
         after = levels * (i + 1) / num_steps
         after = after if levels.is_floating_point() else after.round().long()
         level, level_next = policy.signal_and_noise(before), policy.signal_and_noise(after)
-        noise = policy.noise_at(states, before, condition, reference)
-        arrived = transport(noise, states, level, level_next)
+        seen = policy.noise_at(states, before, condition, reference)
+        arrived = transport(seen, states, level, level_next)
         if renoise:
-            noise = (noise + policy.noise_at(arrived, after, condition, reference)) / 2
-            arrived = transport(noise, states, level, level_next)
+            seen = (seen + policy.noise_at(arrived, after, condition, reference)) / 2
+            arrived = transport(seen, states, level, level_next)
+        if noise is not None:
+            arrived = arrived + expand_as(posterior_std(level, level_next), arrived) * noise[:, i]
         states, before = arrived, after
     return states
 
 
 def implied_noise(policy, latents: Tensor, levels: Tensor, states: Tensor) -> Tensor:
-    """tau with signal latents + noise tau = states at `levels` (n,): what corrupts `latents` to just these states."""
+    """tau with signal latents + noise tau = states at `levels` (n,): what corrupts `latents` to just these states.
+
+    There must be noise at the level: at a flow's t = 0 tau is nan.
+    """
     signal, noise = (expand_as(x, states) for x in policy.signal_and_noise(levels))
     return (states - signal * latents) / noise

@@ -26,6 +26,7 @@ import claim_dragon_rewards
 import claim_find_noise
 import claim_grpo
 import claim_grpo_shapes
+import claim_inpo
 import claim_par
 import claim_ppo
 import claim_prdp
@@ -55,6 +56,7 @@ CLAIMS = {
     "diffusion_dpo": claim_diffusion_dpo,
     "grpo": claim_grpo,
     "grpo_shapes": claim_grpo_shapes,
+    "inpo": claim_inpo,
     "find_noise": claim_find_noise,
     "dragon": claim_dragon,
     "dragon_rewards": claim_dragon_rewards,
@@ -442,3 +444,28 @@ def test_one_seed_of_grpo():
     first = claim_grpo.plane_run("Flow-GRPO", 0, rounds=20)["trace"]  # stored: -4.2, then -.8 to -.2
     assert first["20"]["reward"] > first["0"]["reward"] + 2.5
     assert first["20"]["network_evaluations"] == 20 * 192 * (10 + 3 * 9) and first["20"]["queries"] == 20 * 192
+
+
+def test_inpo_can_fail():
+    """If InPO needed as many steps as Diffusion-DPO (the sheet's falsifier), or left the data."""
+    stored = json.loads((HERE / "results/inpo.json").read_text())["runs"]
+    before, theirs = failed(claim_inpo.verdict(stored)), {r["seed"]: r for r in stored if r["arm"] == "Diffusion-DPO"}
+    same = [r | ({"reward": theirs[r["seed"]]["reward"][: len(r["steps"])]} if r["arm"] == "InPO" else {})
+            for r in stored]  # fmt: skip
+    new = failed(claim_inpo.verdict(same)) - before
+    assert "reward: InPO minus Diffusion-DPO, both at 100 steps" in new
+    assert "reward: InPO at 100 steps minus Diffusion-DPO at 400" in new
+    lost = [r | ({"log_prob": [x - 1 for x in r["log_prob"]]} if r["arm"] == "InPO" and r["seed"] == 2 else {})
+            for r in stored]  # fmt: skip
+    assert "log-density of InPO's samples at 100 steps, worst seed" in failed(claim_inpo.verdict(lost)) - before
+
+
+def test_one_seed_of_inpo(monkeypatch):
+    # stored, five seeds, 25 steps: .331 +- .058 and .248 +- .043, log-density -2.12
+    ours, theirs = (claim_inpo.ARMS[arm][:3] for arm in ("InPO", "Diffusion-DPO"))
+    monkeypatch.setattr(claim_inpo, "SAMPLES", 500)
+    monkeypatch.setattr(claim_inpo, "PAIRS", 1000)
+    monkeypatch.setattr(claim_inpo, "ARMS", {"InPO": (*ours, (25,)), "Diffusion-DPO": (*theirs, (25,))})
+    ours, theirs = (claim_inpo.ring_run(arm, 0) for arm in ("InPO", "Diffusion-DPO"))
+    assert ours["reward"][1] > theirs["reward"][1] > 0.1 and ours["log_prob"][1] > -3
+    assert ours["network_evaluations"][1] * 8 == theirs["network_evaluations"][1] * 18 == 25 * 256 * 8 * 18

@@ -68,6 +68,10 @@ CASES = {
     "ddim_step samples": (step("epsilon", noise=Z), (X, Y, A, A_NEXT)),
     "ddim_step scores": (step("v_prediction", next=Z), (X, Y, A, A_NEXT)),
     "ddim_step x0": (step("sample"), (X, Y, A, A_NEXT)),
+    "posterior_std": (
+        lambda a, b: kernels.posterior_std((b.sqrt(), (1 - b).sqrt()), (a.sqrt(), (1 - a).sqrt())),
+        (A, A_NEXT),
+    ),
     "ddim_alpha_bars": (lambda table, t: kernels.ddim_alpha_bars(table, t, 2, 0.99), (A, torch.tensor([4, 3, 1]))),
     "add_flow_noise": (lambda x, z, t: kernels.add_flow_noise(x, z, t), (X, Y, A)),
     "flow_diffusion": (lambda t: kernels.flow_diffusion(t, 0.7, "flow_grpo", t[1]), (A,)),
