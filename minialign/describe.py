@@ -32,10 +32,13 @@ def print_catalogue() -> None:
 
 
 def config_lines(config: type) -> list[str]:
-    """The fields of a Config as they stand in its file, with their comments."""
+    """The fields of a Config as they stand in its file, with their comments; then those of the one that it extends."""
     lines = inspect.getsource(config).splitlines()
     first = next(i for i, line in enumerate(lines) if re.match(r"    \w+:", line))
-    return lines[first:]
+    own = {name for line in lines[first:] for name in re.findall(r"^    (\w+):", line)}
+    parent = config.__base__
+    inherited = config_lines(parent) if hasattr(parent, "__dataclass_fields__") else []
+    return lines[first:] + [line for line in inherited if not own & set(re.findall(r"^    (\w+):", line))]
 
 
 def commands(method: Method) -> list[str]:

@@ -37,8 +37,10 @@ from minialign.methods import (
     reward_model,
     rlcm,
     rwr,
+    smpo,
 )
 from minialign.methods import consistency_distillation as distillation
+from minialign.pairs import arranged, by_reward
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.initial_noise import NoisePolicy
 
@@ -136,6 +138,25 @@ def language_start(method, heads, wrap=lambda reward: reward):
     return start
 
 
+def pairs_start(method, model="diffusion"):
+    """Fifteen pairs, so that the shares of two processes are unequal, labelled by the loop's reward."""
+
+    def start():
+        world = worlds.load("compass", model=model, num_steps=5)
+        world.policy.network.double()
+        world.policy.to("cpu")
+
+        def train(config, generator, resume=None, reward=None):
+            drawn = torch.randn(2, 15, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+            prompts = ["inner", "outer", "inner"] * 5
+            pairs = arranged(prompts, *drawn, by_reward(reward or distance)(*drawn, prompts))
+            return method.train(world.policy, pairs, config, generator, resume)
+
+        return world.policy.parameters(), train
+
+    return start
+
+
 def distillation_start():
     world = worlds.load("compass")
     world.policy.network.double()
@@ -200,6 +221,7 @@ RAFT = raft.Config(
 FIND = find_noise.Config(num_iterations=3, group_size=7, learning_rate=3e-3, reduction="sum")
 DRAGON = dragon.Config(num_iterations=3, num_prompts=7, num_updates=4, minibatch_size=5)
 SETS = dataclasses.replace(DRAGON, selection="distribution", paired=False, objective="kto")
+SMPO = smpo.Config(num_iterations=3, batch_size=7, num_inversion_steps=2, beta=40.0, learning_rate=3e-3)
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -264,6 +286,11 @@ LOOPS = {
     "dragon on sets": Loop(on_compass(dragon, of_a_set), SETS),
     "distillation": Loop(
         distillation_start, distillation.Config(num_iterations=3, batch_size=15, learning_rate=1e-3), still=None
+    ),
+    "smpo": Loop(pairs_start(smpo), SMPO, dict(pairs_per_pass=2), still=None),
+    "smpo, labels smoothed, on a flow": Loop(
+        pairs_start(smpo, "flow"), dataclasses.replace(SMPO, smoothing="label", renoise=False),
+        dict(pairs_per_pass=3), still=None,
     ),
     "reward model": Loop(
         classifier_start(1), reward_model.Config(batch_size=11, learning_rate=1e-2), still=None
