@@ -62,6 +62,7 @@ RAFT_PICTURES = dict(
     num_iterations=4, num_prompts=96, keep_winners=0.8, num_epochs=16, learning_rate=2e-3, final_lr_fraction=0.0
 )
 RAFT_EXACT = dict(num_iterations=6, num_epochs=60, rows_per_pass=256, learning_rate=3e-3)
+SMPO_EXACT = dict(labels="reward", batch_size=256, pairs_per_pass=256, beta=120.0, learning_rate=1e-3)
 SWAPS = dict(selection="distribution", learning_rate=5e-4)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
@@ -115,6 +116,15 @@ RECIPES = {
     ("dragon", "shapes"): SWAPS | dict(num_iterations=6, num_prompts=32, num_updates=5, minibatch_size=24, beta=0.9),
     ("dragon", "compass"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
     ("dragon", "ring"): SWAPS | dict(num_iterations=16, beta=10.0, learning_rate=1e-3),
+    # weights need scores that do not contradict the labels, so people's are not offered
+    ("smpo", "digits"): dict(num_iterations=60, batch_size=64, beta=2000.0, num_inversion_steps=3, learning_rate=3e-4),
+    ("smpo", "shapes"): dict(
+        num_iterations=40, num_pairs=512, batch_size=32, beta=4000.0, num_inversion_steps=2, learning_rate=3e-4
+    ),
+    ("smpo", "compass"): SMPO_EXACT | dict(beta=20.0),
+    ("smpo", "ring"): SMPO_EXACT,
+    ("smpo", "line"): SMPO_EXACT,
+    ("smpo", "crowd"): SMPO_EXACT,
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),
@@ -140,6 +150,8 @@ RECIPES = {
 # Rewards to train on, where they are not the world's default.
 REWARDS = {
     ("find_noise", "ring"): ("on_mode",),
+    ("smpo", "compass"): ("styled_gold",),  # scores of many sizes; gold and the oracles are 0 or 1
+    ("smpo", "shapes"): ("graded",),
     ("par", "assistant"): ("courtesies",),
     ("constrained", "assistant"): ("right", "courtesies"),
     ("constrained", "tokens"): ("fives", "fours"),

@@ -28,8 +28,8 @@ QUESTIONS = [
         points=1,
         answer="a",
         why={
-            "a": "Yes: one step fewer a side would do it, but each step asks twice, so 14 where 4 are spent.",
-            "b": "Steps were equal here, and a step of one costs 14 evaluations an image, of the other 4.",
+            "a": "Yes: 14 evaluations an image and step against 4, so the axis decides who is ahead.",
+            "b": "Is a step of one worth a step of the other? Count what each asks of the network.",
             "c": "The pairs are the same, and each is labelled once. What differs is what is done with them.",
         },
     ),
