@@ -201,7 +201,7 @@ def training(method: Method, chosen: Chosen, world, rewards: list[Callable], see
     reward = rewards if method.several_rewards else rewards[0]
     if method.kind == "learns from pairs":
         pairs = labelled(policy, reward, world.prompts, chosen.world, seed)
-        return lambda generator, resume: module.train(policy, pairs, config, generator, resume)
+        return lambda generator, resume=None: module.train(policy, pairs, config, generator, resume)
     if method.loop:
         sampling = {"num_tokens": world.num_tokens} if hasattr(policy, "generate") else {}
         generator = torch.Generator().manual_seed(30_000 + seed)
