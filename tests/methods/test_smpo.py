@@ -177,24 +177,30 @@ def test_a_tie_has_loss_log_two_and_no_gradient():
     torch.testing.assert_close(chosen.grad, f64(0, 2 * 4 / 2 / (1 + math.exp(0.8))))
 
 
-def test_each_pair_has_its_own_weight(monkeypatch):
+@pytest.mark.parametrize("smoothing", ["margin", "label"])
+def test_each_pair_has_its_own_weight_or_label(smoothing, monkeypatch):
     """The authors' code takes the batch's first for all. Cut in passes of 4 and 2, rows drawn at random."""
     policy, pairs = compass()
-    weight_of = dict(zip(pairs.strengths.tolist(), smpo.weights_of(pairs).tolist(), strict=True))
-    met, asked = [], []
-    pair_errors, loss = diffusion_dpo.pair_errors, diffusion_dpo.preference_loss
-    monkeypatch.setattr(
-        diffusion_dpo,
-        "pair_errors",
-        lambda policy, batch, *a, **k: met.append(batch) or pair_errors(policy, batch, *a, **k),
-    )
-    monkeypatch.setattr(
-        diffusion_dpo, "preference_loss", lambda e, c, weight, *rest: asked.append(weight) or loss(e, c, weight, *rest)
-    )
-    fit(smpo.train(policy, pairs, dataclasses.replace(SMALL, pairs_per_pass=4), rng()), progress=False)
-    assert [len(w) for w in asked] == [4, 2] * 3
-    for batch, weights in zip(met, asked, strict=True):
-        assert weights.tolist() == pytest.approx([weight_of[s] for s in batch.strengths.tolist()])
+    due = smpo.weights_of(pairs) if smoothing == "margin" else smpo.smooth_labels(*smpo.scores_of(pairs, SMALL))
+    due, met, asked = dict(zip(pairs.strengths.tolist(), due.tolist(), strict=True)), [], []
+    pair_errors, preference_loss = diffusion_dpo.pair_errors, diffusion_dpo.preference_loss
+
+    def errors_of(policy, batch, *rest, **named):
+        met.append(batch.strengths)
+        return pair_errors(policy, batch, *rest, **named)
+
+    def loss_of(errors, config, weight, label):
+        asked.append(weight if smoothing == "margin" else label)
+        assert (label is None) if smoothing == "margin" else weight == 1
+        return preference_loss(errors, config, weight, label)
+
+    monkeypatch.setattr(diffusion_dpo, "pair_errors", errors_of)
+    monkeypatch.setattr(diffusion_dpo, "preference_loss", loss_of)
+    config = dataclasses.replace(SMALL, pairs_per_pass=4, smoothing=smoothing)
+    fit(smpo.train(policy, pairs, config, rng()), progress=False)
+    assert [len(values) for values in asked] == [4, 2] * 3
+    for strengths, values in zip(met, asked, strict=True):
+        assert values.tolist() == pytest.approx([due[s] for s in strengths.tolist()])
 
 
 # ---- margins are scaled, not bounded; labels that are smoothed have an optimum
