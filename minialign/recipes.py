@@ -65,6 +65,7 @@ RAFT_EXACT = dict(num_iterations=6, num_epochs=60, rows_per_pass=256, learning_r
 DPO_EXACT = dict(num_iterations=300, batch_size=256, pairs_per_pass=256)
 INPO_PICTURES = dict(num_iterations=60, pairs_per_pass=32)
 INPO_EXACT = dict(num_iterations=200, batch_size=256, pairs_per_pass=256, beta=60.0, learning_rate=1e-3)
+SMPO_EXACT = dict(labels="reward", batch_size=256, pairs_per_pass=256, beta=120.0, learning_rate=1e-3)
 SWAPS = dict(selection="distribution", learning_rate=5e-4)
 RECIPES = {
     ("ddpo", "shapes"): dict(num_iterations=50, learning_rate=3e-3, warmup_updates=10, steps_per_pass=6),
@@ -142,6 +143,15 @@ RECIPES = {
     ),
     ("diffusion_dpo", "compass"): DPO_EXACT | dict(beta=5.0, learning_rate=3e-3),
     ("diffusion_dpo", "ring"): DPO_EXACT | dict(beta=10.0, learning_rate=2e-3),
+    # weights need scores that do not contradict the labels, so people's are not offered
+    ("smpo", "digits"): dict(num_iterations=60, batch_size=64, beta=2000.0, num_inversion_steps=3, learning_rate=3e-4),
+    ("smpo", "shapes"): dict(
+        num_iterations=40, num_pairs=512, batch_size=32, beta=4000.0, num_inversion_steps=2, learning_rate=3e-4
+    ),
+    ("smpo", "compass"): SMPO_EXACT | dict(beta=20.0),
+    ("smpo", "ring"): SMPO_EXACT,
+    ("smpo", "line"): SMPO_EXACT,
+    ("smpo", "crowd"): SMPO_EXACT,
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),
@@ -168,6 +178,8 @@ RECIPES = {
 REWARDS = {
     ("d3po", "shapes"): ("graded",),  # of two that are wrong, one is less so: fewer ties
     ("find_noise", "ring"): ("on_mode",),
+    ("smpo", "compass"): ("styled_gold",),  # scores of many sizes; gold and the oracles are 0 or 1
+    ("smpo", "shapes"): ("graded",),
     ("par", "assistant"): ("courtesies",),
     ("constrained", "assistant"): ("right", "courtesies"),
     ("constrained", "tokens"): ("fives", "fours"),

@@ -40,9 +40,10 @@ from minialign.methods import (
     reward_model,
     rlcm,
     rwr,
+    smpo,
 )
 from minialign.methods import consistency_distillation as distillation
-from minialign.pairs import Pairs, bradley_terry
+from minialign.pairs import arranged, bradley_terry, by_reward
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.initial_noise import NoisePolicy
 
@@ -133,22 +134,6 @@ def noise_start():
     return policy.parameters(), train
 
 
-def pairs_start(method, model="diffusion"):
-    def start():
-        world = worlds.load("compass", model=model, num_steps=5)
-        world.policy.network.double()
-        world.policy.to("cpu")
-        chosen, rejected = torch.randn(2, 23, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        pairs = Pairs([world.prompts[i % 2] for i in range(23)], chosen, rejected)
-
-        def train(config, generator, resume=None, reward=None):
-            return method.train(world.policy, pairs, config, generator, resume)
-
-        return world.policy.parameters(), train
-
-    return start
-
-
 def language_start(method, heads, wrap=lambda reward: reward):
     def start():
         world = worlds.load("tokens", num_prompts=3)
@@ -158,6 +143,25 @@ def language_start(method, heads, wrap=lambda reward: reward):
 
         def train(config, generator, resume=None, reward=None):
             return method.train(world.policy, wrap(reward or words), world.prompts, config, generator, resume)
+
+        return world.policy.parameters(), train
+
+    return start
+
+
+def pairs_start(method, model="diffusion"):
+    """Fifteen pairs, so that the shares of two processes are unequal, labelled by the loop's reward."""
+
+    def start():
+        world = worlds.load("compass", model=model, num_steps=5)
+        world.policy.network.double()
+        world.policy.to("cpu")
+
+        def train(config, generator, resume=None, reward=None):
+            drawn = torch.randn(2, 15, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+            prompts = ["inner", "outer", "inner"] * 5
+            pairs = arranged(prompts, *drawn, by_reward(reward or distance)(*drawn, prompts))
+            return method.train(world.policy, pairs, config, generator, resume)
 
         return world.policy.parameters(), train
 
@@ -236,6 +240,7 @@ SETS = dataclasses.replace(DRAGON, selection="distribution", paired=False, objec
 DPO = diffusion_dpo.Config(
     num_iterations=3, batch_size=15, pairs_per_pass=15, beta=40.0, learning_rate=3e-3, warmup_updates=5
 )
+SMPO = smpo.Config(num_iterations=3, batch_size=7, num_inversion_steps=2, beta=40.0, learning_rate=3e-3)
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -319,6 +324,11 @@ LOOPS = {
     ),
     "distillation": Loop(
         distillation_start, distillation.Config(num_iterations=3, batch_size=15, learning_rate=1e-3), still=None
+    ),
+    "smpo": Loop(pairs_start(smpo), SMPO, dict(pairs_per_pass=2), still=None),
+    "smpo, labels smoothed, on a flow": Loop(
+        pairs_start(smpo, "flow"), dataclasses.replace(SMPO, smoothing="label", renoise=False),
+        dict(pairs_per_pass=3), still=None,
     ),
     "reward model": Loop(
         classifier_start(1), reward_model.Config(batch_size=11, learning_rate=1e-2), still=None

@@ -142,6 +142,10 @@ CATALOGUE = {
             kind="learns from pairs", policies=("diffusion", "flow"), world="digits", claims=("inpo",),
         ),
         Method(
+            name="smpo", title="SmPO-Diffusion", authors="Lu et al.", year=2025, arxiv="2506.02698", chapter="23",
+            kind="learns from pairs", policies=("diffusion", "flow"), world="digits", claims=("smpo",),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -223,6 +227,10 @@ CHAPTERS = {
             "read a sampler backwards, learn from pairs where the model itself would have been, and count the cost",
         ),
         Chapter(
+            "23_smpo", "SmPO",
+            "tell a scaled margin from a smoothed label, invert a sampler, and say which part of a recipe did the work",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),
@@ -244,7 +252,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "23": "SmPO", "24": "PSO", "25": "subjects", "26": "IterComp",
+    "24": "PSO", "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",
     "60": "VPL", "61": "PAL", "62": "MiCRo", "63": "PPD", "70": "agents and tools",

@@ -116,8 +116,10 @@ def denoising_errors(
     )
 
 
-def preference_loss(errors: PairErrors, config: Config, weight: Tensor | float = 1.0) -> Float[Tensor, "n"]:
-    """The loss of each pair; weight (n,) scales its logit (SmPO)."""
+def preference_loss(
+    errors: PairErrors, config: Config, weight: Tensor | float = 1.0, label: Tensor | None = None
+) -> Float[Tensor, "n"]:
+    """The loss of each pair; weight (n,) scales its logit (SmPO), label (n,) is the chosen one's probability to win."""
     chosen, rejected = (weight * log_ratio for log_ratio in errors.log_ratios)
     if config.loss == "sft":
         return weight * errors.chosen
@@ -126,8 +128,8 @@ def preference_loss(errors: PairErrors, config: Config, weight: Tensor | float =
     logit = config.beta * (chosen - rejected)
     if config.loss == "hinge":
         return hinge_loss(logit)
-    if config.label_smoothing:
-        return soft_label_loss(logit, torch.full_like(logit, 1 - config.label_smoothing))
+    if config.label_smoothing or label is not None:
+        return soft_label_loss(logit, torch.full_like(logit, 1 - config.label_smoothing) if label is None else label)
     return dpo_loss(chosen, rejected, config.beta)
 
 
@@ -155,13 +157,15 @@ def train(
     noiser: Noiser | None = None,
     levels: Callable[[int, torch.Generator], Tensor] | None = None,
     weights: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Iterator[Step]:
     """Trains `policy` in place on labelled pairs of its states; yields a `Step` an update.
 
     Metrics: `loss`, `accuracy` of the implicit reward on the step's pairs, `margin`, and the errors of either image.
     The cost `comparisons` counts pairs trained on, again where they come again. Errors are unguided.
     What later papers change: noiser(policy, latents, levels, condition, noise) -> the noise to corrupt with (INPO's
-    inversion), levels(n, generator) -> (n,) (PSO's few), weights (pairs,) on the logits (SmPO).
+    inversion), levels(n, generator) -> (n,) (PSO's few), weights (pairs,) on the logits (SmPO), labels (pairs,)
+    in [0, 1] in the place of certain ones (cDPO, with loss "dpo").
     generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint.
     Under `torchrun` each process differentiates its own share of every batch.
     """
@@ -189,7 +193,8 @@ def train(
                 drawn = noiser(policy, latents, t[both], condition[both], torch.cat(drawn)).chunk(2)
             errors = pair_errors(policy, batch, condition, t, drawn, target=config.target)
             weight = 1.0 if weights is None else weights[rows[here]].to(policy.device)
-            loss = preference_loss(errors, config, weight).mean()
+            label = None if labels is None else labels[rows[here]].to(policy.device)
+            loss = preference_loss(errors, config, weight, label).mean()
             run.backward(loss, {"loss": loss} | errors.info(), len(part) / n)
         run.update()
         yield run.step({}, comparisons=n)

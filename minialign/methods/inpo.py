@@ -50,7 +50,7 @@ class Config(diffusion_dpo.Config):
 class Inversion:
     """A noiser: the noise that takes an image to where the model's own sampler would have come from.
 
-    renoise: see `invert` (SmPO). noise_shape: of what it is given beside the latent's own axes, a draw for each step
+    renoise, level: see `invert` (SmPO). noise_shape: of what it is given beside the latent's own axes, a draw for each step
     where random_term, in standard deviations, is not 0.
     """
 
@@ -59,6 +59,7 @@ class Inversion:
     random_term: float | int = 0.0
     official_grid: bool = False
     renoise: bool = False
+    level: Literal["new", "old"] = "new"
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -78,6 +79,7 @@ class Inversion:
             condition,
             num_steps=self.num_steps,
             renoise=self.renoise,
+            level=self.level,
             reference=self.invert_with == "reference",
             noise=self.random_term * noise if self.random_term else None,
         )
@@ -97,7 +99,7 @@ def official_levels(policy, levels: Tensor, num_steps: int) -> Tensor:
     return 1 + stride * steps.clamp(0, num_steps - 1)
 
 
-def draw_levels(policy, n: int, generator: torch.Generator | None = None) -> Tensor:
+def invertible_levels(policy, n: int, generator: torch.Generator | None = None) -> Tensor:
     """The policy's own levels; timestep 0, up to which nothing is inverted, so that tau is no noise, becomes 1."""
     levels = policy.draw_levels(n, generator)
     return levels if levels.is_floating_point() else levels.clamp_min(1)
@@ -116,7 +118,7 @@ def train(policy, pairs: Pairs, config: Config = Config(), generator=None, resum
     noiser = Inversion(
         config.num_inversion_steps, config.invert_with, config.inversion_noise, config.official_grid
     )  # fmt: skip
-    levels = partial(draw_levels, policy)
+    levels = partial(invertible_levels, policy)
     yield from diffusion_dpo.train(policy, pairs, config, generator, resume, noiser=noiser, levels=levels)
 
 

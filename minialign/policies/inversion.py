@@ -6,8 +6,11 @@
 DDIM inversion takes eps at the point that is left: of first order, the error halves with twice the steps. ReNoise
 (Garibi et al., 2024, arXiv 2403.14602) takes it again where that guess arrives, at the level it arrives at, and steps
 with the average: Heun's rule, of second order. The official code of InPO and SmPO asks the second time at the old
-level, and ends at a level of a fixed grid that is not the one it names; here each row's own grid ends at its level.
+level (`level`), and ends at a level of a fixed grid that is not the one it names; here each row's own grid ends at its
+level.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,28 +30,31 @@ def invert(
     num_steps: int = 5,
     renoise: bool = False,
     reference: bool = True,
+    level: Literal["new", "old"] = "new",
     noise: Tensor | None = None,
 ) -> Tensor:
     """The states (n, *latent) at `levels` (n,) from which the sampler would reach `latents`, which lie at level 0.
 
     levels: of a diffusion policy training timesteps, of a flow t; each row has a grid of num_steps equal steps, rounded
-    to timesteps. renoise: each step twice, see above. reference: inverts with the base model, which does not drift
-    while the policy trains. noise (n, num_steps, *latent): added after each step, in the sampler's standard deviations
-    at eta = 1 (InPO's random term). Unguided. Evaluations: num_steps a row, twice that with renoise.
+    to timesteps. renoise: each step twice, see above; level: at which it asks again ("old": of first order only).
+    reference: inverts with the base model, which does not drift while the policy trains. noise (n, num_steps, *latent):
+    added after each step, in the sampler's standard deviations at eta = 1 (InPO's random term). Unguided. Evaluations:
+    num_steps a row, twice that with renoise.
     """
     demand(Count, num_steps=num_steps)
     states, before = latents.to(policy.state_dtype), torch.zeros_like(levels)
     for i in range(num_steps):
         after = levels * (i + 1) / num_steps
         after = after if levels.is_floating_point() else after.round().long()
-        level, level_next = policy.signal_and_noise(before), policy.signal_and_noise(after)
+        ends = policy.signal_and_noise(before), policy.signal_and_noise(after)
         seen = policy.noise_at(states, before, condition, reference)
-        arrived = transport(seen, states, level, level_next)
+        arrived = transport(seen, states, *ends)
         if renoise:
-            seen = (seen + policy.noise_at(arrived, after, condition, reference)) / 2
-            arrived = transport(seen, states, level, level_next)
+            asked = after if level == "new" else before
+            seen = (seen + policy.noise_at(arrived, asked, condition, reference)) / 2
+            arrived = transport(seen, states, *ends)
         if noise is not None:
-            arrived = arrived + expand_as(posterior_std(level, level_next), arrived) * noise[:, i]
+            arrived = arrived + expand_as(posterior_std(*ends), arrived) * noise[:, i]
         states, before = arrived, after
     return states
 

@@ -33,6 +33,7 @@ import claim_prdp
 import claim_raft
 import claim_rlcm
 import claim_rlcm_shapes
+import claim_smpo
 import claim_teleport
 
 
@@ -66,6 +67,7 @@ CLAIMS = {
     "raft": claim_raft,
     "rlcm": claim_rlcm,
     "rlcm_shapes": claim_rlcm_shapes,
+    "smpo": claim_smpo,
     "teleport": claim_teleport,
 }
 
@@ -121,6 +123,31 @@ def test_one_seed_of_distillation_and_of_rlcm(monkeypatch):
     ours = claim_rlcm.compass_run("side", "RLCM H 4 lr 0.001", 0)
     assert ours["network_evaluations"] < 100_000 and 1_500 < ours["queries"] < 7_000  # stored: 49k and 3,800
     claim_rlcm.distilled.cache_clear()
+
+
+def test_smpo_can_fail():
+    stored = json.loads((HERE / "results/smpo.json").read_text())["runs"]
+    second = {r["seed"]: r["curve"] for r in stored if r["arm"] == "2 relabelled"}
+    same = [r | ({"curve": second[r["seed"]]} if r["arm"] == "3 DDIM inversion" else {}) for r in stored]
+    assert "reward after 100 steps, rung 3 minus rung 2" in failed(claim_smpo.verdict(same))
+    coarse = [r | {"error": r["error"] | {"ReNoise": r["error"]["DDIM"]}} if "error" in r else r for r in stored]
+    assert "inversion error at five steps, ReNoise over DDIM" in failed(claim_smpo.verdict(coarse))
+    worse = [
+        r | {"curve": [[*row[:3], row[3] - 1] for row in r["curve"]]} if r["arm"].endswith("/ 3, smoothed") else r
+        for r in stored
+    ]
+    bar = "log-density at equal reward, human labels, smoothed minus not"
+    assert bar in failed(claim_smpo.verdict(worse)) and bar not in failed(claim_smpo.verdict(stored))
+    flat = [r | {"norms": {k: {"slope": 0.0, "tie": 1.0} for k in r["norms"]}} if "norms" in r else r for r in stored]
+    assert sum("rung 5" in name for name in failed(claim_smpo.verdict(flat))) == 2
+
+
+def test_one_seed_of_smpos_ladder(monkeypatch):
+    monkeypatch.setattr(claim_smpo, "MOMENTS", (12,))
+    monkeypatch.setitem(claim_smpo.SETTINGS, "num_iterations", 12)
+    low, high = (claim_smpo.ladder_run(arm, 0)["curve"] for arm in ("1 human labels", "5 smoothed"))
+    assert low[0] == high[0] and abs(low[0][2]) < 0.05 and high[1][2] > low[1][2] + 0.03
+    assert (low[1][1], high[1][1]) == (12 * 512 * 4, 12 * 512 * 14)
 
 
 def test_teleportation_fails_where_the_naive_start_is_as_good():

@@ -23,6 +23,7 @@ from minialign.methods import (
     prdp,
     reward_model,
     rlcm,
+    smpo,
     teleport,
 )
 
@@ -186,6 +187,8 @@ KERNELS_OF_METHODS = {
     ),
     "prdp.prediction": (lambda u, r: prdp.prediction(u, r, 0.7), (Z_SCORES[:2], Z_SCORES[2:])),
     "rlcm.rebel_loss": (lambda u, a: rlcm.rebel_loss(u, a, 0.7), (Z_SCORES[:2], Z_SCORES[2:])),
+    "smpo.smooth_weights": (lambda p, q: smpo.smooth_weights(p, q, -3.0, 3.0, 10.0), (LOG_P, LOG_Q)),
+    "smpo.smooth_labels": (lambda p, q: smpo.smooth_labels(p, q, -3.0, 3.0), (LOG_P, LOG_Q)),
     "consistency_distillation.ddim_jump": (
         lambda o, x, a, b: consistency_distillation.ddim_jump(o, x, a, b),
         (X, Y, A, A_NEXT),

@@ -204,7 +204,7 @@ def test_level_0_is_not_drawn_and_would_be_no_noise():
     signal, noise = (value[0] for value in policy.signal_and_noise(levels))
     torch.testing.assert_close(tau, (1 - signal) / noise * x)
     torch.testing.assert_close(policy.corrupt(x, levels, tau), x)
-    drawn = inpo.draw_levels(policy, 3000, torch.Generator().manual_seed(0))
+    drawn = inpo.invertible_levels(policy, 3000, torch.Generator().manual_seed(0))
     assert drawn.min() == 1 and drawn.max() == 99
     theirs = policy.draw_levels(3000, torch.Generator().manual_seed(0))
     assert theirs.min() == 0 and torch.equal(drawn[theirs > 0], theirs[theirs > 0])  # the same draws, but for that
@@ -212,7 +212,7 @@ def test_level_0_is_not_drawn_and_would_be_no_noise():
     seen = policy.noise_at(x, levels, policy.encode(pairs.prompts[:5]), reference=True)
     assert (one - seen).abs().max() < 0.5 * seen.abs().max()  # one step: mostly the noise that was seen in the image
     flow, _ = ring("flow")
-    levels = inpo.draw_levels(flow, 3000, torch.Generator().manual_seed(0))
+    levels = inpo.invertible_levels(flow, 3000, torch.Generator().manual_seed(0))
     assert levels.min() == 1e-3 and levels.max() == 1
     assert implied_noise(flow, x, levels[:5] * 0, x).isnan().all()
 

@@ -44,7 +44,14 @@ def gaussian_policy(levels=11, std=0.5, first=0.9999, last=0.05):
 
 @pytest.mark.parametrize(
     ("steps", "renoise", "due"),
-    [(5, False, -0.44134), (5, True, -0.12279), (10, False, -0.23099), (10, True, -0.03165)],
+    [
+        (5, False, -0.44134),
+        (5, True, -0.12279),
+        (5, "old", -0.31749),
+        (10, False, -0.23099),
+        (10, True, -0.03165),
+        (10, "old", -0.13966),
+    ],
 )
 def test_the_error_of_either_inversion_to_the_sheets_digits(steps, renoise, due):
     """Sheet smpo, check 3: N(0, .5^2), x_0 = 1, from alpha_bar .9999 to .05, where x_t is 1.96214."""
@@ -52,7 +59,8 @@ def test_the_error_of_either_inversion_to_the_sheets_digits(steps, renoise, due)
     exact = [math.sqrt(alpha_bar * 0.25 + 1 - alpha_bar) / 0.5 for alpha_bar in (0.9999, 0.05)]
     assert exact[1] == pytest.approx(1.96214, abs=1e-5)
     given = f64(exact[0]).view(1, 1), torch.tensor([10]), policy.encode([""])
-    states = invert(policy, *given, num_steps=steps, renoise=renoise, reference=False)
+    level = "old" if renoise == "old" else "new"
+    states = invert(policy, *given, num_steps=steps, renoise=bool(renoise), reference=False, level=level)
     assert states.item() - exact[1] == pytest.approx(due, abs=1e-5)
 
 
