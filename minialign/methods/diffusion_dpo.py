@@ -147,12 +147,14 @@ def train(
     noiser: Noiser | None = None,
     levels: Callable[[int, torch.Generator], Tensor] | None = None,
     weights: Tensor | None = None,
+    objective: Callable[[PairErrors, Config, Tensor | float], Tensor] = preference_loss,
 ) -> Iterator[Step]:
     """Trains `policy` in place on labelled pairs of its states; yields a `Step` an update.
 
     Metrics: `loss`, `accuracy` of the implicit reward on the step's pairs, `margin`, and the errors of either image.
     What later papers change: noiser(policy, latents, levels, condition, noise) -> the noise to corrupt with (INPO's
-    inversion), levels(n, generator) -> (n,) (PSO's few), weights (pairs,) on the logits (SmPO).
+    inversion), levels(n, generator) -> (n,) (PSO's few), weights (pairs,) on the logits (SmPO), objective in the place
+    of `preference_loss` (PSO's).
     generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint.
     Under `torchrun` each process differentiates its own share of every batch.
     """
@@ -181,7 +183,7 @@ def train(
                 drawn = tuple(noiser(policy, x.to(policy.device), t, condition, z) for x, z in sides)
             errors = pair_errors(policy, batch, condition, t, drawn, target=config.target)
             weight = 1.0 if weights is None else weights[rows[here]].to(policy.device)
-            loss = preference_loss(errors, config, weight).mean()
+            loss = objective(errors, config, weight).mean()
             run.backward(loss, {"loss": loss} | errors.info(), len(part) / n)
         run.update()
         yield run.step({}, comparisons=n)
