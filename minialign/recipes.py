@@ -60,7 +60,7 @@ GRPO_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, steps_p
 NFT_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, levels_per_pass=9)
 # beta of sums over the plane's two axes, and no clip
 PSO_EXACT = dict(
-    num_iterations=100, batch_size=256, pairs_per_pass=256, beta=1.0, reduction="sum", clip_range=float("inf")
+    num_iterations=60, batch_size=256, pairs_per_pass=256, beta=1.0, reduction="sum", clip_range=float("inf")
 )
 RAFT_PICTURES = dict(
     num_iterations=4, num_prompts=96, keep_winners=0.8, num_epochs=16, learning_rate=2e-3, final_lr_fraction=0.0
