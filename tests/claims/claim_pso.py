@@ -2,7 +2,8 @@
 
 World: eight modes of sd .15 on a circle of radius 2, 100 cosine levels. Student: a network of three layers of 128 that
 predicts x_0 at the levels 99, 74, 49 and 24, distilled once for all runs by L1 regression on where the exact
-probability-flow ODE ends. Reward: the first coordinate. On-mode: the share of samples within 3 sd of a mode.
+probability-flow ODE ends (.91 on a mode; the sheet's has .93). Reward: the first coordinate. On-mode: the share of
+samples within 3 sd of a mode.
 
     online         two runs of the current student a pair, the judge says which is better: 256 pairs a step
     offline        2,000 pairs of the student's own samples, labelled once
