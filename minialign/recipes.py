@@ -58,6 +58,10 @@ FIND_EXACT = dict(group_size=16, reduction="sum", beta=0.02, learning_rate=0.05)
 TABLE = dict(num_tokens=4, num_epochs=1, gae_lambda=1.0, learning_rate=0.03)
 GRPO_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, steps_per_pass=9)
 NFT_EXACT = dict(num_iterations=40, num_prompts=12, learning_rate=3e-3, levels_per_pass=9)
+# beta of sums over the plane's two axes, and no clip
+PSO_EXACT = dict(
+    num_iterations=60, batch_size=256, pairs_per_pass=256, beta=1.0, reduction="sum", clip_range=float("inf")
+)
 RAFT_PICTURES = dict(
     num_iterations=4, num_prompts=96, keep_winners=0.8, num_epochs=16, learning_rate=2e-3, final_lr_fraction=0.0
 )
@@ -97,6 +101,10 @@ RECIPES = {
     # none for shapes: at four settings, 15 to 25 rounds, two minutes each, its 0/1 oracle did not rise
     ("prdp", "digits"): dict(num_iterations=24, num_updates=2, beta=0.005, clip_range=0.2, learning_rate=1e-3),
     ("prdp", "crowd"): dict(num_iterations=60, beta=0.5, learning_rate=1e-3, weight_decay=0.0, prompts_per_pass=16),
+    # none for shapes: most pairs tie under its 0/1 oracle, and at 4e-3, 14 rounds, it fell to 0
+    ("pso", "digits"): dict(num_iterations=16, num_minibatches=2, learning_rate=5e-4),
+    ("pso", "compass"): PSO_EXACT,
+    ("pso", "ring"): PSO_EXACT,
     ("rwr", "shapes"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("rwr", "digits"): dict(num_iterations=5, batch_size=1024, num_updates=60, minibatch_size=128),
     ("grpo", "shapes"): dict(num_iterations=40, num_prompts=8, learning_rate=3e-3, warmup_updates=10, steps_per_pass=7),

@@ -36,6 +36,7 @@ from minialign.methods import (
     par,
     ppo,
     prdp,
+    pso,
     raft,
     reward_model,
     rlcm,
@@ -109,17 +110,20 @@ class Judged:
         return d3po.train(policy, None, prompts, config, generator, resume, labeller=bradley_terry(reward))
 
 
-def consistency_start():
-    world = worlds.load("compass")
-    world.policy.network.double()
-    world.policy.to("cpu")
-    policy = ConsistencyPolicy.from_diffusion(world.policy, num_steps=4)
-    policy.train_all_weights()
+def few_step(method):
+    def start():
+        world = worlds.load("compass")
+        world.policy.network.double()
+        world.policy.to("cpu")
+        policy = ConsistencyPolicy.from_diffusion(world.policy, num_steps=4)
+        policy.train_all_weights()
 
-    def train(config, generator, resume=None, reward=None):
-        return rlcm.train(policy, reward or distance, world.prompts, config, generator, resume)
+        def train(config, generator, resume=None, reward=None):
+            return method.train(policy, reward or distance, world.prompts, config, generator, resume)
 
-    return policy.parameters(), train
+        return policy.parameters(), train
+
+    return start
 
 
 def noise_start():
@@ -214,6 +218,7 @@ D3PO = d3po.Config(
     num_iterations=3, num_prompts=7, num_minibatches=2, beta=1.0, clip_range=0.01, learning_rate=3e-3, steps_per_pass=5,
     warmup_updates=5, weight_decay=0.0,
 )  # fmt: skip
+PSO = pso.Config(num_iterations=3, batch_size=7, num_minibatches=2, beta=5.0, learning_rate=3e-3, pairs_per_pass=3)
 PPO = ppo.Config(
     num_iterations=3, num_prompts=7, group_size=3, num_tokens=4, num_minibatches=2, num_epochs=2, learning_rate=0.03,
     kl_target=0.01, kl_horizon=50,
@@ -265,8 +270,8 @@ LOOPS = {
         on_compass(b2diffurl), dataclasses.replace(B2, objective="pairwise"), dict(steps_per_pass=1),
         ONCE | dict(first_window=5, last_window=5), still=None,
     ),
-    "rlcm": Loop(consistency_start, RLCM, {}, dict(num_iterations=1, num_minibatches=1)),
-    "rlcm by rebel": Loop(consistency_start, dataclasses.replace(RLCM, objective="rebel"), {},
+    "rlcm": Loop(few_step(rlcm), RLCM, {}, dict(num_iterations=1, num_minibatches=1)),
+    "rlcm by rebel": Loop(few_step(rlcm), dataclasses.replace(RLCM, objective="rebel"), {},
                           dict(num_iterations=1, num_minibatches=1)),
     "prdp": Loop(on_compass(prdp), PRDP, dict(prompts_per_pass=2), dict(num_iterations=1, num_updates=1)),
     "prdp by steps": Loop(
@@ -280,6 +285,12 @@ LOOPS = {
     ),
     "d3po by a labeller": Loop(
         on_compass(Judged), dataclasses.replace(D3PO, refresh_reference=True), dict(steps_per_pass=2), ONCE, None
+    ),
+    "pso": Loop(
+        few_step(pso), PSO, dict(pairs_per_pass=2, steps_per_pass=2), dict(num_iterations=1, num_minibatches=1)
+    ),
+    "pso offline": Loop(
+        few_step(pso), dataclasses.replace(PSO, mode="offline", data_size=20), dict(pairs_per_pass=2), still=None
     ),
     "find_noise": Loop(noise_start, FIND, {}, dict(num_iterations=1, num_epochs=1)),
     "find_noise with a network and a buffer": Loop(

@@ -146,6 +146,10 @@ CATALOGUE = {
             kind="learns from pairs", policies=("diffusion", "flow"), world="digits", claims=("smpo",),
         ),
         Method(
+            name="pso", title="PSO", authors="Miao et al.", year=2024, arxiv="2410.03190", chapter="24",
+            kind="trains", policies=("consistency", "diffusion"), world="digits", claims=("pso",),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -231,6 +235,10 @@ CHAPTERS = {
             "tell a scaled margin from a smoothed label, invert a sampler, and say which part of a recipe did the work",
         ),
         Chapter(
+            "24_pso", "PSO",
+            "fine-tune a student that draws in four calls, say why the usual loss blurs it, and what comparisons keep",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),
@@ -252,7 +260,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "24": "PSO", "25": "subjects", "26": "IterComp",
+    "25": "subjects", "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",
     "60": "VPL", "61": "PAL", "62": "MiCRo", "63": "PPD", "70": "agents and tools",

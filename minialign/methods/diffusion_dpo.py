@@ -158,14 +158,15 @@ def train(
     levels: Callable[[int, torch.Generator], Tensor] | None = None,
     weights: Tensor | None = None,
     labels: Tensor | None = None,
+    objective: Callable[..., Tensor] = preference_loss,
 ) -> Iterator[Step]:
     """Trains `policy` in place on labelled pairs of its states; yields a `Step` an update.
 
     Metrics: `loss`, `accuracy` of the implicit reward on the step's pairs, `margin`, and the errors of either image.
     The cost `comparisons` counts pairs trained on, again where they come again. Errors are unguided.
     What later papers change: noiser(policy, latents, levels, condition, noise) -> the noise to corrupt with (INPO's
-    inversion), levels(n, generator) -> (n,) (PSO's few), weights (pairs,) on the logits (SmPO), labels (pairs,)
-    in [0, 1] in the place of certain ones (cDPO, with loss "dpo").
+    inversion), levels(n, generator) -> (n,) (PSO's few), weights (pairs,) on the logits (SmPO), labels (pairs,) in
+    [0, 1] in the place of certain ones (cDPO, with loss "dpo"), objective in the place of `preference_loss` (PSO's).
     generator: a CPU torch.Generator, the run's only randomness (seed 0 if None). resume: an earlier run's checkpoint.
     Under `torchrun` each process differentiates its own share of every batch.
     """
@@ -194,7 +195,7 @@ def train(
             errors = pair_errors(policy, batch, condition, t, drawn, target=config.target)
             weight = 1.0 if weights is None else weights[rows[here]].to(policy.device)
             label = None if labels is None else labels[rows[here]].to(policy.device)
-            loss = preference_loss(errors, config, weight, label).mean()
+            loss = objective(errors, config, weight, label).mean()
             run.backward(loss, {"loss": loss} | errors.info(), len(part) / n)
         run.update()
         yield run.step({}, comparisons=n)

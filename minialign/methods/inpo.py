@@ -50,8 +50,8 @@ class Config(diffusion_dpo.Config):
 class Inversion:
     """A noiser: the noise that takes an image to where the model's own sampler would have come from.
 
-    renoise, level: see `invert` (SmPO). noise_shape: of what it is given beside the latent's own axes, a draw for each step
-    where random_term, in standard deviations, is not 0.
+    renoise, level: see `invert` (SmPO). noise_shape: of what it is given beside the latent's own axes, a draw for each
+    step where random_term, in standard deviations, is not 0.
     """
 
     num_steps: int = 5

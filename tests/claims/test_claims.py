@@ -30,6 +30,7 @@ import claim_inpo
 import claim_par
 import claim_ppo
 import claim_prdp
+import claim_pso
 import claim_raft
 import claim_rlcm
 import claim_rlcm_shapes
@@ -64,6 +65,7 @@ CLAIMS = {
     "par": claim_par,
     "ppo": claim_ppo,
     "prdp": claim_prdp,
+    "pso": claim_pso,
     "raft": claim_raft,
     "rlcm": claim_rlcm,
     "rlcm_shapes": claim_rlcm_shapes,
@@ -376,6 +378,43 @@ def test_one_seed_of_prdp_and_of_ddpo_in_a_crowd():
     assert ours["gain"][-1] == pytest.approx(ours["target"], rel=0.1)
     drowned, free = (claim_prdp.crowd_run(f"DDPO prompt, many, {kind}", 0, rounds=12) for kind in ("uneven", "even"))
     assert abs(drowned["gain"][-1]) < 0.15 < 1 < free["gain"][-1]
+
+
+def test_pso_can_fail():
+    """If the diffusion loss kept the student sharp (the sheet's falsifier), if comparisons taught nothing, if pairs did
+    no better than their winners."""
+    stored = json.loads((HERE / "results/pso.json").read_text())["runs"]
+    kept = failed(claim_pso.verdict(stored))
+
+    def bent(arm, **columns):
+        return [r | ({"curve": r["curve"] | columns} if r["arm"] == arm else {}) for r in stored]
+
+    rows = len(stored[0]["curve"]["step"])
+    sharp = failed(claim_pso.verdict(bent("SFT", on_mode=[0.95] * rows))) - kept
+    assert {
+        "SFT at its first checkpoint with reward 0.6: on-mode share",
+        "on-mode share, online minus SFT there",
+    } <= sharp
+    still = failed(claim_pso.verdict(bent("online, beta 1", reward=[0.0] * rows))) - kept
+    assert still == {"online, beta 1, 200 steps: reward"}
+    same = next(r["curve"] for r in stored if r["arm"] == "SFT")
+    tied = bent("offline, beta 2", reward=same["reward"], on_mode=same["on_mode"])
+    assert "reward, offline beta 2 after 200 steps minus SFT where as sharp (within .05)" in failed(
+        claim_pso.verdict(tied)
+    )
+
+
+def test_one_seed_of_pso(monkeypatch):
+    # stored, five seeds, a better student: online .6 to .7 with 88 to 90 % on a mode after 50 steps, SFT 8 to 21 %
+    short = dict(num_paths=2000, num_updates=400, batch_size=192, learning_rate=4e-3)
+    monkeypatch.setattr(claim_pso, "DISTILLATION", short)
+    monkeypatch.setattr(claim_pso, "NUM_PAIRS", 600)
+    claim_pso.distilled.cache_clear()
+    ours, blurred = (claim_pso.ring_run(arm, 0, steps=20)["curve"] for arm in ("online, beta 1", "SFT"))
+    claim_pso.distilled.cache_clear()
+    assert ours["reward"][-1] > ours["reward"][0] + 0.25 and blurred["reward"][-1] > 0.6
+    assert ours["on_mode"][-1] > blurred["on_mode"][-1] + 0.3
+    assert ours["network_evaluations"][-1] == 20 * 512 * (4 + 3 + 9)
 
 
 def test_dragon_can_fail():

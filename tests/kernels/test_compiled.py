@@ -21,6 +21,7 @@ from minialign.methods import (
     grpo,
     par,
     prdp,
+    pso,
     reward_model,
     rlcm,
     smpo,
@@ -165,6 +166,7 @@ CASES |= {
     "delta_score": (lambda x, data: kernels.delta_score(x, EDM, data), (FLAT, random(7, 6, seed=12))),
 }
 PATHS = tuple(random(2, 3, 4, seed=s) for s in (31, 32, 33))
+ERRORS = tuple(random(N, seed=s) ** 2 for s in (41, 42, 43, 44))
 LSC, REFERENCES = par.Config("lsc"), random(N, 4, seed=13)
 KERNELS_OF_METHODS = {
     "grpo.advantages_of": (lambda r, g: grpo.advantages_of(r, g, "batch", 5.0), (REWARDS, GROUP)),
@@ -186,6 +188,12 @@ KERNELS_OF_METHODS = {
         (*PATHS, Z_SCORES[:2]),
     ),
     "prdp.prediction": (lambda u, r: prdp.prediction(u, r, 0.7), (Z_SCORES[:2], Z_SCORES[2:])),
+    "pso.online_loss": (
+        lambda p, q, r: pso.online_loss(p, q, (r > 0).to(p.dtype), 0.7, 0.5)[0],
+        (PATHS[0], PATHS[1], REWARDS[:3]),
+    ),
+    "pso.offline_loss": (lambda *e: pso.offline_loss(*e, 0.7, 0.5), ERRORS),
+    "pso.reference_free_loss": (lambda c, r: pso.reference_free_loss(c, r, 5.0, 0.1, 0.5), ERRORS[:2]),
     "rlcm.rebel_loss": (lambda u, a: rlcm.rebel_loss(u, a, 0.7), (Z_SCORES[:2], Z_SCORES[2:])),
     "smpo.smooth_weights": (lambda p, q: smpo.smooth_weights(p, q, -3.0, 3.0, 10.0), (LOG_P, LOG_Q)),
     "smpo.smooth_labels": (lambda p, q: smpo.smooth_labels(p, q, -3.0, 3.0), (LOG_P, LOG_Q)),
