@@ -159,12 +159,12 @@ def test_training_finds_the_exact_optimum_of_a_level():
     preference, _ = labeller(x[0, :, None], x[1, :, None], ["a number"] * 8_000, seed(2))
     won = preference.bool()[:, None]
     pairs = Pairs(["a number"] * 8_000, torch.where(won, *x[..., None]), torch.where(won, *x.flip(0)[..., None]))
-    config = dpo.Config(num_iterations=160, batch_size=256, pairs_per_pass=256, beta=4.0, learning_rate=0.02,
+    config = dpo.Config(num_iterations=140, batch_size=256, pairs_per_pass=256, beta=4.0, learning_rate=0.02,
                         warmup_updates=0)  # fmt: skip
     shifts = []
     for _ in dpo.train(policy, pairs, config, seed(0), levels=lambda n, g: torch.zeros(n, dtype=torch.long)):
         shifts.append(-float(policy.network.residual.theta[0].detach()) / slope)
-    mean = sum(shifts[60:]) / 100
+    mean = sum(shifts[60:]) / 80
     assert mean == pytest.approx(1 / (2 * 2 * slope**2), rel=0.06)  # 1.085
 
 
@@ -255,27 +255,27 @@ def test_noise_is_shared_by_default_and_not_otherwise(monkeypatch):
         assert torch.equal(noise, noise_reference) and torch.equal(t, t_reference)
 
 
-def test_what_later_papers_change():
+def test_what_later_papers_change(monkeypatch):
     """noiser corrupts each image with what it returns, levels are those given, weights scale the logits."""
-    world, asked = worlds.load("ring"), []
+    world, asked, weighed, loss = worlds.load("ring"), [], [], dpo.preference_loss
+    monkeypatch.setattr(dpo, "preference_loss", lambda e, c, weight: weighed.append(weight) or loss(e, c, weight))
     pairs = some_pairs(world.policy, world.prompts)
 
     def noiser(policy, latents, levels, condition, noise):
         asked.append((latents, levels))
         return 0 * noise
 
-    given = dict(noiser=noiser, levels=lambda n, generator: torch.full((n,), 249), weights=torch.zeros(23))
+    given = dict(noiser=noiser, levels=lambda n, generator: torch.full((n,), 249), weights=torch.arange(23.0))
     (row,) = fit(dpo.train(world.policy, pairs, dataclasses.replace(SMALL, num_iterations=1), **given), progress=False)
     assert len(asked) == 2 and all((levels == 249).all() for _, levels in asked)
     rows = [(pairs.chosen == x).all(1).nonzero().item() for x in asked[0][0]]
     assert torch.equal(pairs.rejected[rows], asked[1][0])
-    assert row["loss"] == pytest.approx(math.log(2)) and row["grad_norm"] == 0  # weight 0: nothing is learned
+    assert weighed[0].tolist() == rows  # each pair its own, wherever it stands in the batch
     latents = pairs.chosen[rows].float()
     condition = world.policy.encode(["a point"] * 15)
-    error = world.policy.training_error(
-        latents, torch.full((15,), 249), torch.zeros(15, 2), condition, reduction="mean"
-    )
-    assert row["error_chosen"] == pytest.approx(float(error.detach().mean()), rel=1e-4)
+    given = latents, torch.full((15,), 249), torch.zeros(15, 2), condition
+    error = world.policy.training_error(*given, reduction="mean", reference=True)  # as it was before the update
+    assert row["error_chosen"] == pytest.approx(float(error.mean()), rel=1e-4)
 
 
 def class_conditional(null_class=3):
@@ -319,7 +319,7 @@ def test_both_errors_may_rise_while_the_loss_falls():
     """Likelihood displacement, on labels without noise: what the metrics tell apart."""
     world = worlds.load("ring", schedule="cosine")
     pairs = draw_pairs(world.policy, by_reward(world.rewards["first_coordinate"]), world.prompts, 500, seed(0))
-    config = dpo.Config(num_iterations=120, batch_size=256, pairs_per_pass=256, beta=40.0, learning_rate=1e-3)
+    config = dpo.Config(num_iterations=100, batch_size=128, beta=40.0, learning_rate=1e-3)
     fit(dpo.train(world.policy, pairs, config, seed(0)), progress=False)
     noise = torch.randn(500, 2, generator=seed(1))
     levels = torch.arange(500) % 100
@@ -348,14 +348,14 @@ def test_every_kind_of_policy_learns_and_its_implicit_reward_orders_new_pairs(ki
         policy = ConsistencyPolicy.from_diffusion(world.policy, num_steps=4, solver_steps=50)
         policy.train_all_weights()
     reward, before = by_reward(world.rewards["first_coordinate"]), ring_gain(policy, world)
-    data = [draw_pairs(world.policy, reward, world.prompts, n, seed(n)) for n in (400, 300)]
+    data = [draw_pairs(world.policy, reward, world.prompts, n, seed(n)) for n in (300, 150)]
     beta = 20.0 if kind == "flow" else 120.0
-    config = dpo.Config(num_iterations=60, batch_size=128, beta=beta, learning_rate=2e-3, warmup_updates=5)
+    config = dpo.Config(num_iterations=45, batch_size=128, beta=beta, learning_rate=2e-3, warmup_updates=5)
     rows = fit(dpo.train(policy, data[0], config, seed(0)), progress=False)
     assert sum(rows["accuracy"][-10:]) / 10 > 0.6
     assert ring_gain(policy, world) > before + 0.3
     held = [
-        dpo.implicit_reward(policy, x, data[1].prompts, config, 16, seed(3)) for x in (data[1].chosen, data[1].rejected)
+        dpo.implicit_reward(policy, x, data[1].prompts, config, 12, seed(3)) for x in (data[1].chosen, data[1].rejected)
     ]
     assert (held[0] > held[1]).float().mean() > 0.65
 
