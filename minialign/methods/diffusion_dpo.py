@@ -206,6 +206,7 @@ def check(policy, pairs: Pairs, config: Config, weights: Tensor | None = None) -
     check_policy(policy, "rollout")
     if not isinstance(pairs, Pairs):
         raise ValueError(f"the data is a {type(pairs).__name__}; expected Pairs, as draw_pairs gives them.")
+    pairs.check_finite()
     shape = tuple(pairs.chosen.shape[1:]) if isinstance(pairs.chosen, Tensor) else "texts"
     if shape != tuple(policy.latent_shape):
         raise ValueError(

@@ -414,6 +414,8 @@ def test_what_cannot_train_is_refused():
     with pytest.raises(Exception, match="Pairs"):  # beartype's here; ValueError by check without annotations
         next(dpo.train(world.policy, (pairs.chosen, pairs.rejected), SMALL))
     refused(r"the pairs hold \(3,\); this policy's states have shape \(2,\)", data=some_pairs(None, ["a"], shape=(3,)))
+    broken = Pairs(["a point"] * 2, torch.tensor([[0.0, 1.0], [math.nan, 0.0]]), torch.zeros(2, 2))
+    refused("1 of 2 pairs hold nan or inf", data=broken)
     refused("the pairs hold texts", data=Pairs(["a"], ["yes"], ["no"]))
     refused("label_smoothing belongs to loss 'dpo', not 'ipo'", loss="ipo", label_smoothing=0.1)
     refused(r"weights have shape \(3,\); expected \(23,\), none below 0", weights=torch.ones(3))
