@@ -64,7 +64,7 @@ def pareto(first: Float[Tensor, "rewards n"], second: Float[Tensor, "rewards n"]
     One reward: whoever has more of it. Any increasing function of a reward leaves it as it is.
     """
     same_shape(first=first, second=second)
-    wins, loses = ((a >= b).all(0) & (a > b).any(0) for a, b in ((first, second), (second, first)))
+    wins, loses = (first > second).any(0), (second > first).any(0)  # in something; in both: they contradict, a tie
     return (1 + wins.float() - loses.float()) / 2
 
 

@@ -230,6 +230,9 @@ def test_at_the_reference_it_is_a_policy_gradient_with_advantages_of_one():
     surrogate, _ = clipped_surrogate(log_prob, traj.log_probs[rows].flatten(), sign, 0.2)
     torch.testing.assert_close(ours, SMALL.beta * gradient_of(surrogate.mean(), policy), atol=1e-10, rtol=1e-6)
     assert ours.abs().max() > 1e-5  # it is alive
+    old = dataclasses.replace(traj, log_probs=traj.log_probs + 0.3)  # as if the policy had moved by -.3 since
+    _, info = d3po.pair_loss(policy, old, pairs, places, ref, SMALL)
+    assert info["approx_kl"].item() == pytest.approx(math.exp(-0.3) - 1 + 0.3)  # k3 of KL(old || new)
 
 
 def test_a_refreshed_reference_is_the_model_that_drew():
