@@ -255,22 +255,29 @@ def test_noise_is_shared_by_default_and_not_otherwise(monkeypatch):
         assert torch.equal(noise, noise_reference) and torch.equal(t, t_reference)
 
 
-def test_what_later_papers_change(monkeypatch):
-    """noiser corrupts each image with what it returns, levels are those given, weights scale the logits."""
-    world, asked, weighed, loss = worlds.load("ring"), [], [], dpo.preference_loss
-    monkeypatch.setattr(dpo, "preference_loss", lambda e, c, weight: weighed.append(weight) or loss(e, c, weight))
+def test_what_later_papers_change():
+    """noiser corrupts both images with what it returns, levels are those given; weights and labels meet their pairs."""
+    world, asked, weighed = worlds.load("ring"), [], []
     pairs = some_pairs(world.policy, world.prompts)
 
     def noiser(policy, latents, levels, condition, noise):
         asked.append((latents, levels))
         return 0 * noise
 
-    given = dict(noiser=noiser, levels=lambda n, generator: torch.full((n,), 249), weights=torch.arange(23.0))
+    def objective(errors, config, weight, label):
+        weighed.extend([weight, label])
+        return dpo.preference_loss(errors, config, weight, label)
+
+    given = dict(noiser=noiser, levels=lambda n, generator: torch.full((n,), 249), objective=objective)
+    given |= dict(weights=torch.arange(23.0), labels=torch.arange(23) / 23)
     (row,) = fit(dpo.train(world.policy, pairs, dataclasses.replace(SMALL, num_iterations=1), **given), progress=False)
-    assert len(asked) == 2 and all((levels == 249).all() for _, levels in asked)
-    rows = [(pairs.chosen == x).all(1).nonzero().item() for x in asked[0][0]]
-    assert torch.equal(pairs.rejected[rows], asked[1][0])
+    ((both, levels),) = asked  # one call
+    chosen, rejected = both.chunk(2)
+    assert (levels == 249).all() and len(levels) == 30
+    rows = [(pairs.chosen == x).all(1).nonzero().item() for x in chosen]
+    assert torch.equal(pairs.rejected[rows], rejected)
     assert weighed[0].tolist() == rows  # each pair its own, wherever it stands in the batch
+    assert torch.equal(weighed[1], torch.tensor(rows) / 23)
     latents = pairs.chosen[rows].float()
     condition = world.policy.encode(["a point"] * 15)
     given = latents, torch.full((15,), 249), torch.zeros(15, 2), condition
