@@ -121,8 +121,9 @@ def test_with_the_forward_process_as_the_noiser_it_is_diffusion_dpo(shared):
     ids=str,
 )
 def test_at_the_reference_the_loss_is_log_2_whatever_the_inversion(settings):
-    """Check 5, and the gradient is not 0."""
-    rows = trained(dataclasses.replace(SMALL, **settings))[1]
+    """Check 5; the gradient is not 0, and every setting is heard."""
+    weights, rows = trained(dataclasses.replace(SMALL, **settings))
+    assert not settings or not torch.equal(weights, trained(SMALL)[0])
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-6) and rows[0]["accuracy"] == 0.5
     assert rows[0]["grad_norm"] > 1e-3 and rows[1]["loss"] != pytest.approx(0.693147, abs=1e-6)
 
@@ -224,8 +225,25 @@ def test_the_random_term_takes_a_draw_a_step():
     x, noise = pairs.chosen[:2].double(), torch.randn(2, 4, 2, dtype=torch.float64)
     plain, ours = (inpo.Inversion(4, random_term=c)(policy, x, levels, condition, noise) for c in (0.0, 0.1))
     assert 1e-3 < (plain - ours).abs().max() < 1
+    noise[:, -1] += 1  # the last step's draw counts, too
+    assert not torch.equal(ours, inpo.Inversion(4, random_term=0.1)(policy, x, levels, condition, noise))
     same, other = (trained(dataclasses.replace(SMALL, inversion_noise=0.1), seed=seed)[0] for seed in (0, 0))
     assert torch.equal(same, other)
+
+
+def test_each_image_of_a_pair_has_its_own_tau():
+    """The loop's errors at the first step, by hand."""
+    policy, pairs = ring(num_pairs=6)
+    levels, condition = torch.full((6,), 60), policy.encode(pairs.prompts)
+    config = inpo.Config(num_iterations=1, batch_size=6)
+    given = dict(noiser=inpo.Inversion(), levels=lambda n, generator: levels)
+    row = next(diffusion_dpo.train(policy, pairs, config, **given)).row()
+    for name in ("chosen", "rejected"):
+        x = getattr(pairs, name).double()
+        tau = inpo.Inversion()(policy, x, levels, condition, torch.empty(0))
+        states = policy.corrupt(x, levels, tau)
+        error = (policy.noise_at(states, levels, condition, reference=True) - tau).square().mean()
+        assert row[f"error_{name}"] == pytest.approx(error.item(), rel=1e-5)
 
 
 def test_costs_are_counted():
