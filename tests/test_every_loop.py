@@ -36,11 +36,14 @@ from minialign.methods import (
     raft,
     reward_model,
     rlcm,
+    rpo_subject,
     rwr,
 )
 from minialign.methods import consistency_distillation as distillation
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.initial_noise import NoisePolicy
+from minialign.subjects import Subject
+from minialign.worlds import dogs
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,23 @@ def distillation_start():
     return list(student.network.parameters()), train
 
 
+def subject_start(of_class=False):
+    def start():
+        policy, task = dogs.load(base="exact", num_steps=5)
+        policy.network.double()
+        policy.to("cpu")
+        drawn = torch.Generator().manual_seed(1)
+        subject = Subject.draw(policy, task, task.references, 2, of_class=of_class, generator=drawn)
+        policy.network_evaluations = 0
+
+        def train(config, generator, resume=None, reward=None):
+            return rpo_subject.train(policy, task.similarities, subject, config, generator, resume)
+
+        return policy.parameters(), train
+
+    return start
+
+
 def classifier_start(num_labels):
     def start():
         model = reward_model.RewardModel(network(num_labels=num_labels).double(), make_tokenizer())
@@ -200,6 +220,9 @@ RAFT = raft.Config(
 FIND = find_noise.Config(num_iterations=3, group_size=7, learning_rate=3e-3, reduction="sum")
 DRAGON = dragon.Config(num_iterations=3, num_prompts=7, num_updates=4, minibatch_size=5)
 SETS = dataclasses.replace(DRAGON, selection="distribution", paired=False, objective="kto")
+SUBJECT = rpo_subject.Config(
+    num_iterations=3, batch_size=5, validate_every=1, samples_per_prompt=3, learning_rate=3e-3, label_scale=2.0
+)  # fmt: skip
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -264,6 +287,13 @@ LOOPS = {
     "dragon on sets": Loop(on_compass(dragon, of_a_set), SETS),
     "distillation": Loop(
         distillation_start, distillation.Config(num_iterations=3, batch_size=15, learning_rate=1e-3), still=None
+    ),
+    "rpo": Loop(subject_start(), SUBJECT, still=None),
+    "rpo, hard labels, the last weights": Loop(
+        subject_start(), dataclasses.replace(SUBJECT, labels="hard", selection="last", validate_every=2), still=None
+    ),
+    "dreambooth": Loop(
+        subject_start(of_class=True), dataclasses.replace(SUBJECT, preference_weight=0.0, prior_weight=1.0), still=None
     ),
     "reward model": Loop(
         classifier_start(1), reward_model.Config(batch_size=11, learning_rate=1e-2), still=None
