@@ -123,8 +123,8 @@ RPO_LOSS = Exercise(
     points=5,
     reference=rpo_loss,
     cases={
-        "at the base: k = 0, so log 2 whatever the label": dict(
-            error_ref=_of(0.5, 0.2), error_gen=_of(0.3, 0.9), base_ref=_of(0.5, 0.2), base_gen=_of(0.3, 0.9),
+        "near the base": dict(
+            error_ref=_of(0.45, 0.2), error_gen=_of(0.3, 0.8), base_ref=_of(0.5, 0.25), base_gen=_of(0.32, 0.9),
             p=_of(0.9, 0.1), beta=2.0,
         ),
         "the reference improved most": dict(
@@ -141,12 +141,9 @@ RPO_LOSS = Exercise(
         ),
     },
     mistakes={
-        "k has the wrong sign: an error that FELL is an improvement.": _loss(lambda r, g, b, c: (r - b) - (g - c)),
+        "k has the wrong sign (an error that FELL is an improvement), or p and 1 - p are swapped.": _loss(lambda r, g, b, c: (r - b) - (g - c)),
         "the two improvements are added; k is the reference's MINUS the other's.": _loss(
             lambda r, g, b, c: (b - r) + (c - g)
-        ),
-        "p and 1 - p are swapped: p is the probability that the REFERENCE wins.": _loss(
-            term=lambda u, p: _soft(u, 1 - p)
         ),
         "only the chosen half: the term of 1 - p is missing, and the loss has no finite minimum.": _loss(
             term=lambda u, p: p * F.softplus(-u)
