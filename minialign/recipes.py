@@ -130,7 +130,7 @@ RECIPES = {
     ("consistency_distillation", "compass"): dict(num_iterations=4000, batch_size=256),
     ("consistency_distillation", "ring"): dict(num_iterations=4000, batch_size=256),
     ("consistency_distillation", "line"): dict(num_iterations=1000, batch_size=256),
-    ("rpo_subject", "shapes"): dict(num_iterations=120, batch_size=8, validate_every=12, learning_rate=1e-3),
+    ("rpo_subject", "shapes"): dict(num_iterations=120, batch_size=8, validate_every=12, learning_rate=3e-4),
     ("reward_model", "assistant"): dict(),
     ("teleport", "digits"): dict(),
     ("teleport", "compass"): dict(),
