@@ -3,18 +3,19 @@
 The base draws one colour an object and has never seen it. Its word is "w", a token that the text encoder knows and that
 means nothing: to "a w circle above a blue square" the base draws some circle above a blue square.
 
-    S_I    how much what is red or yellow in a picture is like that in the references: features of the oracle's inks
+    S_I    how much some connected piece of red or yellow is like the references: features of the oracle's inks
     S_T    share of three facts: an object of the named colour, of the named shape, and all else where it should be
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minialign.subjects import SubjectTask
-from minialign.worlds.shapes_oracle import inks, read_objects
+from minialign.worlds.shapes_oracle import MIN_AREA, inks, read_objects
 from minialign.worlds.shapes_scenes import COLOURS, PAPER, RELATIONS, SHAPES, SIZE, coverage
 
 TOKEN = "w"
@@ -49,31 +50,43 @@ def references(n: int = 4, generator: torch.Generator | None = None) -> Float[Te
     return draw_subject(centre, radius)
 
 
-def features(samples: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3"]:
-    """(share of red, x and y from the centre of red to that of yellow in sides of their area) of what has these inks.
+def features(samples: Float[Tensor, "n 3 h w"]) -> tuple[Int[Tensor, "k"], Float[Tensor, "k 3"]]:
+    """(picture, features) of every connected piece of red or yellow: share of red, and x and y from the centre of the
+    red to that of the yellow part, in sides of a square of the piece's area.
 
-    The subject: (1/2, 0, 0.48). One colour alone: (0 or 1, 0, 0). Neither: far from all, as is what fills the picture.
+    The subject: (1/2, 0, 0.48). A piece of one colour: (0 or 1, 0, 0).
     """
-    planes = inks(samples.detach().float().cpu())[1].float()
+    from scipy import ndimage
+
+    planes = inks(samples.detach().float().cpu())[1]
     red, yellow = (planes[:, list(COLOURS).index(name)] for name in (UPPER, LOWER))
-    area = torch.stack([red.sum((1, 2)), yellow.sum((1, 2))])
-    total = area.sum(0)
-    grid = torch.arange(SIZE) + 0.5
-    centre = torch.stack([torch.stack([(p.sum(1) * grid).sum(1), (p.sum(2) * grid).sum(1)], 1) for p in (red, yellow)])
-    centre = centre / area.clamp_min(1)[..., None]
-    both = (area > 0).all(0)
-    offset = (centre[1] - centre[0]) / total.clamp_min(1).sqrt()[:, None] * both[:, None]
-    share = torch.where(total > 0, area[0] / total.clamp_min(1), 5.0)
-    return torch.cat([share[:, None], offset], 1)
+    both_and_between = red | yellow | planes[:, len(COLOURS)]  # where they meet, a decoder's pixels are neither
+    structure = np.zeros((3, 3, 3), dtype=bool)
+    structure[1] = True  # connects pixels, never pictures
+    labels, count = ndimage.label(both_and_between.numpy(), structure)
+    area = np.bincount(labels[(red | yellow).numpy()], minlength=count + 1)
+    pieces = [i for i in range(1, count + 1) if area[i] >= MIN_AREA]
+    where = ndimage.find_objects(labels)
+    image = torch.tensor([where[i - 1][0].start for i in pieces], dtype=torch.long)
+    piece = torch.from_numpy(labels)[image] == torch.tensor(pieces).view(-1, 1, 1)
+    grid, parts = torch.arange(SIZE) + 0.5, torch.stack([red[image] & piece, yellow[image] & piece]).float()
+    size = parts.sum((2, 3))
+    centre = torch.stack([(parts.sum(2) * grid).sum(-1), (parts.sum(3) * grid).sum(-1)], -1)
+    centre = centre / size.clamp_min(1)[..., None]
+    total, both = size.sum(0), (size > 0).all(0)
+    offset = (centre[1] - centre[0]) * both[:, None] / total.sqrt()[:, None]
+    return image, torch.cat([(size[0] / total)[:, None], offset], 1)
 
 
 def image_similarity_to(pictures: Float[Tensor, "r 3 h w"]):
-    """S_I: mean over the references of exp(-|features - theirs|^2 / WIDTH)."""
-    known = features(pictures)
+    """S_I: exp(-|features - theirs|^2 / WIDTH), mean over the references, of the piece that is most like them; or 0."""
+    known = features(pictures)[1]
 
     def image_similarity(samples: Float[Tensor, "n 3 h w"], prompts: Sequence[str]) -> Float[Tensor, "n"]:
-        distance = (features(samples)[:, None] - known).square().sum(-1)
-        return (-distance / WIDTH).exp().mean(1).to(samples.device)
+        image, found = features(samples)
+        likeness = (-(found[:, None] - known).square().sum(-1) / WIDTH).exp().mean(1)
+        best = torch.zeros(len(samples)).scatter_reduce(0, image, likeness, "amax")
+        return best.to(samples.device)
 
     return image_similarity
 

@@ -42,8 +42,9 @@ ARMS = {  # settings, base
     "RPO, exact base": (SHEET, "exact"),
 }
 PICTURES = rpo.Config(
-    num_iterations=120, batch_size=8, validate_every=12, samples_per_prompt=4, learning_rate=3e-4, selection="last"
-)
+    num_iterations=120, batch_size=8, validate_every=15, samples_per_prompt=3, learning_rate=3e-4, label_scale=0.1,
+    selection="last",
+)  # fmt: skip
 ON_SHAPES = {
     "references alone": dataclasses.replace(PICTURES, preference_weight=0.0),
     "prior preservation": dataclasses.replace(PICTURES, preference_weight=0.0, prior_weight=1.0),
@@ -110,7 +111,7 @@ def dogs_run(name: str, seed: int) -> dict:
 
 def shapes_run(name: str, seed: int) -> dict:
     torch.set_num_threads(1)
-    world = worlds.load("shapes", num_steps=6)
+    world = worlds.load("shapes", num_steps=12)
     world.policy.add_lora(rank=16, target_modules=EVERYWHERE, seed=seed)
     task = world.subject(seed)
     return trained("shapes", name, seed, world.policy, task, world.encode(task.references), ON_SHAPES[name])

@@ -66,9 +66,13 @@ def test_the_disc_is_like_itself_and_one_colour_is_not():
     centre = torch.full((1, 2), 16.0)
     blank = torch.tensor([0.965, 0.945, 0.91]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     disc = shapes_subject.draw_subject(centre, torch.tensor([6.0]))
-    assert float(shapes_subject.features(disc)[0, 0]) == pytest.approx(0.5, abs=0.05)
-    assert float(shapes_subject.features(disc)[0, 2]) == pytest.approx(0.479, abs=0.04)
-    assert float(image(blank, [""])) < 1e-6
+    (which,), found = shapes_subject.features(disc)
+    assert which == 0 and float(found[0, 0]) == pytest.approx(0.5, abs=0.05)
+    assert float(found[0, 2]) == pytest.approx(0.479, abs=0.04)  # half-discs: 8 / (3 pi^1.5)
+    assert torch.equal(image(torch.cat([blank, disc, blank]), [""] * 3) > 0, torch.tensor([False, True, False]))
+    two = disc.clone()
+    two[..., 1:6, 1:6] = torch.tensor(shapes_subject.COLOURS["red"]).view(3, 1, 1)  # something red elsewhere
+    torch.testing.assert_close(image(two, [""]), image(disc, [""]))
 
 
 def test_the_text_is_checked_fact_by_fact():

@@ -141,7 +141,9 @@ RPO_LOSS = Exercise(
         ),
     },
     mistakes={
-        "k has the wrong sign (an error that FELL is an improvement), or p and 1 - p are swapped.": _loss(lambda r, g, b, c: (r - b) - (g - c)),
+        "k has the wrong sign (an error that FELL is an improvement), or p and 1 - p are swapped.": _loss(
+            lambda r, g, b, c: (r - b) - (g - c)
+        ),
         "the two improvements are added; k is the reference's MINUS the other's.": _loss(
             lambda r, g, b, c: (b - r) + (c - g)
         ),
