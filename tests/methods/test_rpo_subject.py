@@ -4,6 +4,7 @@ import dataclasses
 import math
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -361,3 +362,26 @@ def test_a_base_in_half_precision_keeps_what_trains_in_float32(tmp_path):
     rows = [s.row() for s in rpo.train(policy, same, subject, dataclasses.replace(SMALL, batch_size=2))]
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in policy.parameters())
     assert all(row["grad_norm"] > 0 and math.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_trial_measures_draws_and_saves(tmp_path):
+    policy = DiffusionPolicy.from_pipeline(stable_diffusion(tmp_path), num_steps=3, guidance_scale=1.0)
+    policy.add_lora(rank=2)
+    similarities = (lambda x, _: x.mean((1, 2, 3))), (lambda x, _: x[:, 0].mean((1, 2)))
+    task = SubjectTask(
+        torch.rand(3, 3, 8, 8), "a w c", ["a w c on d", "a w c in e"], ["a c"], ["a w c by d"], similarities, "w"
+    )
+    latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    world = SimpleNamespace(policy=policy, subject=lambda seed: task, encode=lambda samples: latents)
+    trial = rpo.trial(world, dataclasses.replace(SMALL, learning_rate=0.01, batch_size=2), 0)
+    spent, before = policy.network_evaluations, trial.before()
+    assert policy.network_evaluations == spent  # looking is not charged
+    rows = [step.row() for step in trial.steps(torch.Generator().manual_seed(0))]
+    after = trial.after()
+    assert len(rows) == trial.total == 4 and before["reward"] != after["reward"]
+    trial.draw(before, after, rows, tmp_path, "a trial")
+    trial.save(tmp_path / "saved")
+    names = {path.name for path in [*tmp_path.iterdir(), *(tmp_path / "saved").iterdir()]}
+    assert {"before_after.png", "curves.png", "pytorch_lora_weights.safetensors"} <= names
+    assert rpo.floor(policy, SMALL, {}) == {"forward": [12], "backward": [12]}
+    assert rpo.floor(policy, dataclasses.replace(SMALL, preference_weight=0.0), {}) == {"forward": [], "backward": [6]}
