@@ -129,7 +129,10 @@ def bench_row(method: Method, world_name: str, rounds: int, device: str) -> dict
     bare = language_seconds if hasattr(policy, "generate") else denoising_seconds
     module = CATALOGUE[method.loop or method.name].module
     reward = free_set_reward if takes_sets(method, chosen.config) else free_reward
-    steps = training(method, chosen, world, [reward], seed=0)
+    if hasattr(method.module, "trial"):  # its data is more than prompts
+        steps = method.module.trial(world, config, 0).steps
+    else:
+        steps = training(method, chosen, world, [reward], seed=0)
     measured, floors = [], []
     for step in steps(torch.Generator().manual_seed(0)):
         floor = bare(policy, world.prompts, **module.floor(policy, config, step.metrics))

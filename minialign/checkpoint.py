@@ -3,11 +3,13 @@
     pack, unpack                          weights, optimizer moments, random state, counters <-> named tensors
     save_checkpoint, load_checkpoint      named tensors <-> a file that is whole or absent
     read_about                            the texts that were saved with them
+    EarlyStopper                          the best weights so far
 
 What else a run keeps (statistics, a reward's state) stands beside these tensors under names of its own.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,3 +120,33 @@ def readable(path: str | Path) -> Iterator[None]:
         raise ValueError(
             f"{path} is no checkpoint ({what}): put back a whole copy, or delete it and start over."
         ) from error
+
+
+class EarlyStopper:
+    """Keeps a copy of the weights that scored best; of equal scores the first. Saved with the run."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.step, self.value = 0, -math.inf  # step 0: nothing was kept
+        self.weights = [p.detach().clone() for p in self.parameters]
+
+    def update(self, step: int, value: float) -> bool:
+        """Whether the weights of now, after `step` updates, are the best so far; if so they are copied."""
+        if better := value > self.value:
+            self.step, self.value = step, value
+            self.weights = [p.detach().clone() for p in self.parameters]
+        return better
+
+    def restore(self) -> None:
+        """Puts the best weights back, if there are any."""
+        if self.step:
+            for p, weight in zip(self.parameters, self.weights, strict=True):
+                p.data.copy_(weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        about = {"step": torch.tensor(self.step), "value": torch.tensor(self.value, dtype=torch.float64)}
+        return about | {f"{i}": weight for i, weight in enumerate(self.weights)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.step, self.value = int(tensors["step"]), float(tensors["value"])
+        self.weights = [tensors[f"{i}"].to(p) for i, p in enumerate(self.parameters)]

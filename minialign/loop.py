@@ -349,6 +349,7 @@ ABILITIES = {
     "rollout": "denoises, a DiffusionPolicy, a ConsistencyPolicy or a FlowPolicy",
     "terminal_std": "draws in a few jumps, a ConsistencyPolicy",
     "velocity": "says a velocity, a FlowPolicy",
+    "training_error": "knows its denoising error, a DiffusionPolicy, a FlowPolicy or a ConsistencyPolicy",
     "generate": "answers, a LanguagePolicy",
     "noise_log_prob": "learns its initial noise, NoisePolicy(policy, prompts) around one that denoises",
 }

@@ -169,7 +169,7 @@ def ready_world(method: Method, name: str, chosen: Chosen):
     if hasattr(loop, "wrap"):
         policy = loop.wrap(world.policy, world.prompts)
         world = dataclasses.replace(world, policies={world.policy_kind: lambda: policy})
-    elif hasattr(loop, "train") and not hasattr(method.module, "trial"):
+    elif hasattr(loop, "train") and (method.kind == "learns a subject" or not hasattr(method.module, "trial")):
         heads = getattr(loop, "num_value_heads", lambda config: 0)(chosen.loop or chosen.config)
         make_trainable(world, chosen.world, heads if hasattr(world.policy, "generate") else 0)
     if world.policy is not None:

@@ -175,6 +175,10 @@ RECIPES = {
     ("consistency_distillation", "compass"): dict(num_iterations=4000, batch_size=256),
     ("consistency_distillation", "ring"): dict(num_iterations=4000, batch_size=256),
     ("consistency_distillation", "line"): dict(num_iterations=1000, batch_size=256),
+    ("rpo_subject", "shapes"): dict(
+        num_iterations=120, batch_size=8, validate_every=15, samples_per_prompt=3, learning_rate=3e-4, label_scale=0.1,
+        num_steps=12,
+    ),
     ("reward_model", "assistant"): dict(),
     ("teleport", "digits"): dict(),
     ("teleport", "compass"): dict(),

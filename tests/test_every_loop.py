@@ -40,6 +40,7 @@ from minialign.methods import (
     raft,
     reward_model,
     rlcm,
+    rpo_subject,
     rwr,
     smpo,
 )
@@ -47,6 +48,8 @@ from minialign.methods import consistency_distillation as distillation
 from minialign.pairs import arranged, bradley_terry, by_reward
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.initial_noise import NoisePolicy
+from minialign.subjects import Subject
+from minialign.worlds import dogs
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,23 @@ def distillation_start():
     return list(student.network.parameters()), train
 
 
+def subject_start(of_class=False):
+    def start():
+        policy, task = dogs.load(base="exact", num_steps=5)
+        policy.network.double()
+        policy.to("cpu")
+        drawn = torch.Generator().manual_seed(1)
+        subject = Subject.draw(policy, task, task.references, 2, of_class=of_class, generator=drawn)
+        policy.network_evaluations = 0
+
+        def train(config, generator, resume=None, reward=None):
+            return rpo_subject.train(policy, task.similarities, subject, config, generator, resume)
+
+        return policy.parameters(), train
+
+    return start
+
+
 def classifier_start(num_labels):
     def start():
         model = reward_model.RewardModel(network(num_labels=num_labels).double(), make_tokenizer())
@@ -246,6 +266,9 @@ DPO = diffusion_dpo.Config(
     num_iterations=3, batch_size=15, pairs_per_pass=15, beta=40.0, learning_rate=3e-3, warmup_updates=5
 )
 SMPO = smpo.Config(num_iterations=3, batch_size=7, num_inversion_steps=2, beta=40.0, learning_rate=3e-3)
+SUBJECT = rpo_subject.Config(
+    num_iterations=3, batch_size=5, validate_every=1, samples_per_prompt=3, learning_rate=3e-3, label_scale=2.0
+)  # fmt: skip
 ONCE = dict(num_iterations=1, num_minibatches=1, num_epochs=1)
 KL_OFF = dict(beta=0.0, gae_lambda=1.0, num_iterations=1)
 
@@ -340,6 +363,13 @@ LOOPS = {
     "smpo, labels smoothed, on a flow": Loop(
         pairs_start(smpo, "flow"), dataclasses.replace(SMPO, smoothing="label", renoise=False),
         dict(pairs_per_pass=3), still=None,
+    ),
+    "rpo": Loop(subject_start(), SUBJECT, still=None),
+    "rpo, hard labels, the last weights": Loop(
+        subject_start(), dataclasses.replace(SUBJECT, labels="hard", selection="last", validate_every=2), still=None
+    ),
+    "dreambooth": Loop(
+        subject_start(of_class=True), dataclasses.replace(SUBJECT, preference_weight=0.0, prior_weight=1.0), still=None
     ),
     "reward model": Loop(
         classifier_start(1), reward_model.Config(batch_size=11, learning_rate=1e-2), still=None

@@ -11,6 +11,7 @@ What a module of this folder must have is a `Config`, and what it does. The rest
     wrap(policy, prompts) -> policy           what is trained in the place of the policy's weights
     num_value_heads(config) -> int            outputs of the critic that it needs beside a language policy
     shape(policy, reward, prompts, config, generator, **sampling) -> reward    for the loop of another, `Method.loop`
+    train(policy, similarities, subject, config, ...)     kind "learns a subject", whose trial makes the subject
     trial(world, config, seed) -> Trial       all else: what is measured before and after, and the picture (evaluate.py)
     takes_sets(config) -> bool                whether its reward is one of a set: reward(samples, prompts) -> one number
     floor(policy, config, metrics) -> dict    network passes that the step just made could not avoid (bench.py)
@@ -25,7 +26,14 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal[
-    "trains", "learns from pairs", "shapes rewards", "learns a reward", "samples faster", "steers", "searches"
+    "trains",
+    "learns from pairs",
+    "learns a subject",
+    "shapes rewards",
+    "learns a reward",
+    "samples faster",
+    "steers",
+    "searches",
 ]
 
 
@@ -150,6 +158,10 @@ CATALOGUE = {
             kind="trains", policies=("consistency", "diffusion"), world="digits", claims=("pso",),
         ),
         Method(
+            name="rpo_subject", title="RPO", authors="Miao et al.", year=2024, arxiv="2407.12164", chapter="25",
+            kind="learns a subject", policies=("diffusion",), world="shapes", claims=("rpo_subject",),
+        ),
+        Method(
             name="reward_model", title="Reward models", authors="Ziegler et al.", year=2019, arxiv="1909.08593",
             chapter="50", kind="learns a reward", policies=("language",), world="assistant", claims=(),
         ),
@@ -239,6 +251,10 @@ CHAPTERS = {
             "fine-tune a student that draws in four calls, say why the usual loss blurs it, and what comparisons keep",
         ),
         Chapter(
+            "25_rpo_subject", "RPO: subjects",
+            "teach a model one new thing from four pictures, and stop before it forgets everything else",
+        ),
+        Chapter(
             "50_reward_models_and_overoptimisation", "Reward models and over-optimisation",
             "learn a reward from comparisons, run PPO on a language model, and see where the proxy stops being true",
         ),
@@ -260,7 +276,7 @@ PARTS = {
 # Chapters whose numbers are given; one that stands in CHAPTERS is no longer to come.
 ANNOUNCED = {
     "05": "guidance", "06": "ODE or SDE", "07": "fast samplers", "08": "models that eat themselves",
-    "25": "subjects", "26": "IterComp",
+    "26": "IterComp",
     "30": "AlignProp", "31": "DRAKES", "32": "ControlNet++", "33": "R0",
     "40": "Feynman-Kac steering", "41": "SVDD", "42": "ReNO", "53": "and more on reward models",
     "60": "VPL", "61": "PAL", "62": "MiCRo", "63": "PPD", "70": "agents and tools",

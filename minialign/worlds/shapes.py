@@ -28,9 +28,11 @@ from minialign import show as pictures
 from minialign.exemplars import FeatureReward, frechet_to, vendi
 from minialign.policies.consistency import ConsistencyPolicy
 from minialign.policies.diffusion import DiffusionPolicy
+from minialign.policies.encoders import latent_units
 from minialign.policies.flow import FlowPolicy
 from minialign.policies.loading import load_whole
 from minialign.rewards import clip_embedders, clip_scorer
+from minialign.subjects import SubjectTask
 from minialign.worlds.base import WEIGHTS, World, missing_weights, quietly, weights_of
 from minialign.worlds.shapes_oracle import UNKNOWN, Objects, facts, graded, inks, oracle, read_objects
 from minialign.worlds.shapes_scenes import (
@@ -51,6 +53,7 @@ from minialign.worlds.shapes_scenes import (
     render_scenes,
     words,
 )
+from minialign.worlds.shapes_subject import subject
 
 __all__ = [
     "COLOURS",
@@ -71,6 +74,7 @@ __all__ = [
     "check_weights",
     "draw",
     "draw_prompts",
+    "encode",
     "facts",
     "graded",
     "grammar",
@@ -91,6 +95,7 @@ __all__ = [
     "real",
     "render_scenes",
     "show",
+    "subject",
     "words",
 ]
 
@@ -231,10 +236,14 @@ def like_red_captions(folder: str | Path | None = None) -> FeatureReward:
 
 @dataclass(kw_only=True)
 class ShapesWorld(World):
-    """`facts(samples, prompts)`: which facts of each prompt hold; `prompts_of` kind ("single", "relation", "count")."""
+    """`facts(samples, prompts)`: which facts of each prompt hold; `prompts_of` kind ("single", "relation", "count").
+
+    subject(seed): a new object to be taught from four pictures.
+    """
 
     facts: Callable[..., Any]
     prompts_of: dict[str, list[str]]
+    subject: Callable[[int], SubjectTask] = subject
 
 
 def _policy(
@@ -247,6 +256,15 @@ def _policy(
     if model == "diffusion":
         return DiffusionPolicy.from_pipeline(pipe, eta=eta, **settings)
     return ConsistencyPolicy.from_pipeline(pipe, **settings)
+
+
+@torch.no_grad()
+def encode(policy, samples: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c u v"]:
+    """Pictures in [0, 1] as the policy's states: the means of its autoencoder's latents."""
+    vae = (policy.pipeline or load_pipeline()).vae
+    scale, shift = latent_units(vae.config)
+    latents = vae.encode((2 * samples - 1).to(vae.device, vae.dtype)).latent_dist.mean
+    return (latents - shift.to(latents)) / scale.to(latents)
 
 
 def load(
@@ -288,4 +306,5 @@ def load(
         held_out=held_out_prompts(),
         facts=facts,
         prompts_of={kind: list(all_prompts(kind)) for kind in KINDS},
+        encode=functools.partial(encode, policy),
     )

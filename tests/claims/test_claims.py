@@ -34,6 +34,7 @@ import claim_pso
 import claim_raft
 import claim_rlcm
 import claim_rlcm_shapes
+import claim_rpo_subject
 import claim_smpo
 import claim_teleport
 
@@ -70,6 +71,7 @@ CLAIMS = {
     "rlcm": claim_rlcm,
     "rlcm_shapes": claim_rlcm_shapes,
     "smpo": claim_smpo,
+    "rpo_subject": claim_rpo_subject,
     "teleport": claim_teleport,
 }
 
@@ -415,6 +417,37 @@ def test_one_seed_of_pso(monkeypatch):
     assert ours["reward"][-1] > ours["reward"][0] + 0.25 and blurred["reward"][-1] > 0.6
     assert ours["on_mode"][-1] > blurred["on_mode"][-1] + 0.3
     assert ours["network_evaluations"][-1] == 20 * 512 * (4 + 3 + 9)
+
+
+def test_rpo_can_fail():
+    """If the last weights were as good, or the best were the last, if the prompt were lost too, if S_I chose alike."""
+    stored = json.loads((HERE / "results/rpo_subject.json").read_text())["runs"]
+    kept = failed(claim_rpo_subject.verdict(stored))
+
+    def bent(arm, change):
+        return failed(claim_rpo_subject.verdict(
+            [r | change(r) if (r["world"], r["arm"]) == ("dogs", arm) else r for r in stored]
+        )) - kept  # fmt: skip
+
+    alone = {r["seed"]: r["judged"]["last"] for r in stored if (r["world"], r["arm"]) == ("dogs", "references alone")}
+    selected = "dogs, RPO: reward of the selected weights minus the last"
+    assert selected in bent("RPO", lambda r: {"judged": r["judged"] | {"harmonic": r["judged"]["last"]}})
+    assert selected in bent("RPO", lambda r: {"selected": {"harmonic": 400, "image alone": 400}})
+    text = "dogs: S_T at the last step, RPO minus references alone"
+    assert text in bent("RPO", lambda r: {"judged": r["judged"] | {"last": alone[r["seed"]]}})
+    same = bent("references alone", lambda r: {"selected": dict.fromkeys(r["selected"], 200)})
+    assert any(name.startswith("dogs, references alone: step selected by S_I") for name in same)
+
+
+def test_one_seed_of_rpo(monkeypatch):
+    # stored, five seeds of 400 steps: selected at 20 to 60, reward .47 +- .06, and .20 +- .03 at the end
+    config, base = claim_rpo_subject.ARMS["RPO"]
+    short = dataclasses.replace(config, num_iterations=200, samples_per_prompt=32)
+    monkeypatch.setitem(claim_rpo_subject.ARMS, "RPO", (short, base))
+    found = claim_rpo_subject.dogs_run("RPO", 0)
+    assert found["selected"]["harmonic"] <= 120
+    assert found["judged"]["harmonic"][0] > found["judged"]["last"][0] + 0.1
+    assert found["judged"]["harmonic"][1] > 1.5 * found["judged"]["base"][1] and found["judged"]["last"][2] > 0.85
 
 
 def test_dragon_can_fail():

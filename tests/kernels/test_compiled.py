@@ -24,6 +24,7 @@ from minialign.methods import (
     pso,
     reward_model,
     rlcm,
+    rpo_subject,
     smpo,
     teleport,
 )
@@ -215,6 +216,11 @@ KERNELS_OF_METHODS = {
         (LOG_P, LOG_Q, REWARDS, A),
     ),
     "find_noise.moment_distance": (lambda m, s: find_noise.moment_distance(m, s, "mean"), (X, Y)),
+    "rpo_subject.harmonic_mean": (lambda i, t: rpo_subject.harmonic_mean(i, t, 0.3), (A, A_NEXT)),
+    "rpo_subject.subject_losses": (
+        lambda r, g, b, c, p: rpo_subject.subject_losses(r, g, b, c, p, 0.7),
+        (STD, A, REWARDS, LOG_P, A_NEXT),
+    ),
     "b2diffurl.pairwise_loss": (lambda p, q: b2diffurl.pairwise_loss(p, q, 0.7), (LOG_P, LOG_Q)),
 }
 CASES |= KERNELS_OF_METHODS
