@@ -158,7 +158,7 @@ def train(
     levels: Callable[[int, torch.Generator], Tensor] | None = None,
     weights: Tensor | None = None,
     labels: Tensor | None = None,
-    objective: Callable[..., Tensor] = preference_loss,
+    objective: Callable[..., Tensor] | None = None,
 ) -> Iterator[Step]:
     """Trains `policy` in place on labelled pairs of its states; yields a `Step` an update.
 
@@ -195,7 +195,7 @@ def train(
             errors = pair_errors(policy, batch, condition, t, drawn, target=config.target)
             weight = 1.0 if weights is None else weights[rows[here]].to(policy.device)
             label = None if labels is None else labels[rows[here]].to(policy.device)
-            loss = objective(errors, config, weight, label).mean()
+            loss = (objective or preference_loss)(errors, config, weight, label).mean()
             run.backward(loss, {"loss": loss} | errors.info(), len(part) / n)
         run.update()
         yield run.step({}, comparisons=n)
