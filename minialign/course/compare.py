@@ -157,7 +157,7 @@ def numbers(values: Sequence | Mapping | Any) -> list[Tensor]:
     return [tensor(leaf).double() for _, leaf in leaves(values) if type(leaf) in TENSORS or is_number(leaf)]
 
 
-def _apart(got: float | bool, want: float | bool) -> tuple[str, str]:
+def _apart(got: float | int, want: float | int) -> tuple[str, str]:
     """Both, with as many digits as it takes to see that they differ."""
     for digits in range(6, 18):
         pair = f"{got:.{digits}g}", f"{want:.{digits}g}"

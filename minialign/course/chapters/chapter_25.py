@@ -135,7 +135,7 @@ RPO_LOSS = Exercise(
             error_ref=_of(0.2, 0.2), error_gen=_of(0.4, 0.1), base_ref=_of(0.3, 0.3), base_gen=_of(0.2, 0.4),
             p=_of(1.0, 0.0), beta=2.0,
         ),
-        "beta = 0: what is left of the preference is a constant": lambda g: _errors(g, beta=0.0),
+        "beta = 0: the preference is a constant": lambda g: _errors(g, beta=0.0),
         "beta k = 200: no overflow": dict(
             error_ref=_of(0.0), error_gen=_of(1.0), base_ref=_of(1.0), base_gen=_of(0.0), p=_of(0.25), beta=100.0
         ),
