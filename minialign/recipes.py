@@ -159,7 +159,7 @@ RECIPES = {
     ("smpo", "compass"): SMPO_EXACT | dict(beta=20.0),
     ("smpo", "ring"): SMPO_EXACT,
     ("smpo", "line"): SMPO_EXACT,
-    ("smpo", "crowd"): SMPO_EXACT,
+    ("smpo", "crowd"): SMPO_EXACT | dict(beta=500.0, learning_rate=3e-4),
     ("ppo", "assistant"): dict(num_iterations=120, learning_rate=3e-4),
     ("ppo", "tokens"): TABLE | dict(num_iterations=200),
     ("par", "assistant"): dict(num_iterations=120, learning_rate=3e-4, beta=0.01),
