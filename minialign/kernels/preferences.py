@@ -31,14 +31,14 @@ def error_weight(
 
     Whichever a network predicts, the state fixes the rest: an error d of eps is one of -d noise / signal of x_0, of
     d / signal of v (signal^2 + noise^2 = 1) and of d / signal of a flow's velocity (signal = 1 - t, noise = t).
-    Limits: 1 where the two are the same; inf or 0 where the level is noise alone, or data alone.
+    Limits: 1 where the two are the same; at noise alone (signal 0) an error of a velocity is one of x_0, and says
+    nothing of eps (0); one of eps there says all too much of the others (inf).
     """
-    per_noise = {
-        "epsilon": torch.ones_like(signal), "sample": noise / signal, "v_prediction": 1 / signal, "flow": 1 / signal
-    }  # fmt: skip
+    one = torch.ones_like(signal)
+    scaled = {"epsilon": signal, "sample": noise, "v_prediction": one, "flow": one}  # signal d of each: finite at 0
     if measured == wanted:
-        return torch.ones_like(signal)
-    return (per_noise[wanted] / per_noise[measured]) ** 2
+        return one
+    return (scaled[wanted] / scaled[measured]) ** 2
 
 
 def denoising_log_ratio(error: Float[Tensor, "*any"], error_reference: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

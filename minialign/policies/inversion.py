@@ -5,9 +5,8 @@
 
 DDIM inversion takes eps at the point that is left: of first order, the error halves with twice the steps. ReNoise
 (Garibi et al., 2024, arXiv 2403.14602) takes it again where that guess arrives, at the level it arrives at, and steps
-with the average: Heun's rule, of second order. The official code of InPO and SmPO asks the second time at the old
-level (`level`), and ends at a level of a fixed grid that is not the one it names; here each row's own grid ends at its
-level.
+with the average: Heun's rule, of second order. SmPO's official code asks the second time at the old level (`level`);
+its and InPO's end at a level of a fixed grid that is not the one they name. Here each row's own grid ends at its level.
 """
 
 from typing import Literal

@@ -132,6 +132,8 @@ def test_an_error_of_the_velocity_of_a_flow_as_one_of_noise_and_of_x_0():
     to_clean = squared_error(states - column * velocity, clean, "sum")
     torch.testing.assert_close(error_weight("flow", "epsilon", 1 - t, t) * own, to_noise)
     torch.testing.assert_close(error_weight("flow", "sample", 1 - t, t) * own, to_clean)
+    alone = f64(0), f64(1)  # t = 1, a level that flows draw: states - v is x_0, and nothing is known of the noise
+    assert error_weight("flow", "sample", *alone) == 1 and error_weight("flow", "epsilon", *alone) == 0
 
 
 # Log-ratios of steps and of tokens ------------------------------------------------------------------------------------

@@ -155,3 +155,20 @@ def class_conditional(num_classes=4):
 @pytest.fixture
 def sd(tmp_path):
     return stable_diffusion(tmp_path)
+
+
+def redraws(policy, pipe, prompts, noise, folder, **settings):
+    """Asserts that what `policy` learned, saved, is read by the loader of a fresh pipeline, which then draws alike."""
+    policy.save_adapter(folder)
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    again = type(policy).from_pipeline(pipe, **settings)
+    torch.testing.assert_close(again.sample(prompts, noise), policy.sample(prompts, noise), atol=1e-5, rtol=0)
+
+
+def trains_in_float32(policy, run):
+    """Asserts that a run, run() -> steps, of a policy over a half-precision base moves float32 weights, all finite."""
+    start = [p.detach().clone() for p in policy.parameters()]
+    rows = [step.row() for step in run()]
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in policy.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start, strict=True))
+    assert all(value == value for row in rows for value in row.values())

@@ -33,11 +33,7 @@ def test_an_adapter_is_trained_by_comparisons_saved_and_loaded_by_diffusers(kind
     assert first["network_evaluations"] == 2 * 24 * (1 + 1 + 3)
     after = policy.sample(PROMPTS, noise)
     assert (after - before).abs().max() > 1e-3
-    policy.save_adapter(tmp_path / "lora")
-    pipe = build(tmp_path)
-    pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
-    again = DiffusionPolicy.from_pipeline(pipe, num_steps=3, guidance_scale=3.0)
-    torch.testing.assert_close(again.sample(PROMPTS, noise), after, atol=1e-5, rtol=0)
+    conftest.redraws(policy, build(tmp_path), PROMPTS, noise, tmp_path / "lora", num_steps=3, guidance_scale=3.0)
 
 
 def test_a_base_in_half_precision_keeps_what_trains_in_float32(tmp_path):
@@ -45,9 +41,5 @@ def test_a_base_in_half_precision_keeps_what_trains_in_float32(tmp_path):
         conftest.stable_diffusion(tmp_path).to(torch.bfloat16), num_steps=3, guidance_scale=1.0
     )
     policy.add_lora(rank=2)
-    start = [p.detach().clone() for p in policy.parameters()]
-    run = d3po.train(policy, None, PROMPTS, CONFIG, torch.Generator().manual_seed(0), labeller=brighter)
-    rows = [step.row() for step in run]
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in policy.parameters())
-    assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start, strict=True))
-    assert all(value == value for row in rows for value in row.values())
+    generator = torch.Generator().manual_seed(0)
+    conftest.trains_in_float32(policy, lambda: d3po.train(policy, None, PROMPTS, CONFIG, generator, labeller=brighter))

@@ -1,6 +1,7 @@
 """PSO on a LatentConsistencyModelPipeline, small and random: rolls out, compares, steps, saves, and diffusers' own
 loader redraws the same images."""
 
+import conftest
 import pytest
 import torch
 from test_consistency_policy import lcm_pipeline
@@ -27,20 +28,12 @@ def test_a_pipeline_trains_and_loads_what_was_learned(mode, tmp_path):
     assert last["comparisons"] == 8
     after = policy.sample(PROMPTS, noise)
     assert (after - before).abs().max() > 1e-4
-    policy.save_adapter(tmp_path / "lora")
-    pipe = lcm_pipeline(tmp_path)
-    pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
-    again = ConsistencyPolicy.from_pipeline(pipe, num_steps=3)
-    torch.testing.assert_close(again.sample(PROMPTS, noise), after, atol=1e-5, rtol=0)
+    conftest.redraws(policy, lcm_pipeline(tmp_path), PROMPTS, noise, tmp_path / "lora", num_steps=3)
 
 
 def test_a_base_in_half_precision_keeps_what_trains_in_float32(tmp_path):
     policy = ConsistencyPolicy.from_pipeline(lcm_pipeline(tmp_path).to(torch.bfloat16), num_steps=3)
     policy.add_lora(rank=2)
-    start = [p.detach().clone() for p in policy.parameters()]
     for mode in ("online", "offline"):
         config = pso.Config(mode=mode, num_iterations=2, batch_size=4, data_size=6, learning_rate=1e-2)
-        rows = [step.row() for step in pso.train(policy, brightness, PROMPTS, config)]
-        assert all(value == value for row in rows for value in row.values())
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in policy.parameters())
-    assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start, strict=True))
+        conftest.trains_in_float32(policy, lambda config=config: pso.train(policy, brightness, PROMPTS, config))
