@@ -224,3 +224,12 @@ def test_a_method_joins_with_one_file_one_entry_and_one_recipe(throw_away, capsy
     )
     (row,) = json.loads((throw_away / "b.json").read_text())
     assert row["method"] == "best_of_two" and row["ratio"] > 0
+
+
+def test_no_formula_of_a_chapter_breaks_a_line_where_it_names_a_symbol():
+    """Two backslashes before a letter: an escape too many; \\beta is shown as a new line and "beta"."""
+    for path in [*(ROOT / "solutions").glob("*.ipynb"), *(ROOT / "notebooks").glob("*.ipynb")]:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                found = re.findall(r"\\\\[a-zA-Z]+", "".join(cell["source"]))
+                assert not found, f"{path.parent.name}/{path.name}: {found}"
